@@ -1,0 +1,49 @@
+"""ildlab: take layers out of a language model, one by one, and heal it by distillation.
+
+`import ildlab` is light: each public name is loaded with its module when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. A module name alone (ildlab.plots) works as well.
+_PUBLIC = {
+    "IldlabError": "errors",
+    "Progress": "progress",
+    "drive": "progress",
+    "load_model": "models",
+    "LoadedModel": "models",
+    "LayerStack": "stack",
+    "load_text": "text",
+    "TextBlocks": "text",
+    "measure": "influence",
+    "LayerScores": "influence",
+    "DistillConfig": "distill",
+    "distill": "distill",
+    "PruningSession": "session",
+}
+_MODULES = (
+    "ablation cache distill drift errors evaluate export grid heal influence journal losses models plots "
+    "progress session stack stepper text"
+).split()
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    # A public name wins over a module of the same name, whatever was imported first (`distill`).
+    if name in _PUBLIC:
+        value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC, *_MODULES})
