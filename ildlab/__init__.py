@@ -9,7 +9,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-# Public name -> the module that defines it. A module name alone (ildlab.plots) works as well.
+# Public name -> the module that defines it. A module name alone (ildlab.plots) works as well, so no
+# public name may equal a module's: which one `ildlab.x` is would depend on what was imported first.
 _PUBLIC = {
     "IldlabError": "errors",
     "Progress": "progress",
@@ -22,11 +23,10 @@ _PUBLIC = {
     "measure": "influence",
     "LayerScores": "influence",
     "DistillConfig": "distill",
-    "distill": "distill",
     "PruningSession": "session",
 }
 _MODULES = (
-    "ablation cache distill drift errors evaluate export grid heal influence journal losses models plots "
+    "ablation cache distill documents drift errors evaluate export grid heal influence journal losses models plots "
     "progress session stack stepper text"
 ).split()
 
@@ -34,7 +34,6 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str):
-    # A public name wins over a module of the same name, whatever was imported first (`distill`).
     if name in _PUBLIC:
         value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     elif name in _MODULES:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from ildlab.errors import IldlabError, JournalError
 
+_COUNT = count()
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -70,11 +73,53 @@ def disk_error(path: str | os.PathLike, error: OSError) -> JournalError:
     return JournalError(f"{path} could not be written: {error.strerror or error}.")
 
 
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path to write to, and put it in place of `path` once it is whole.
+
+    For writers that take a path themselves (``safetensors.torch.save_file``). When the block ends
+    well the temporary file is fsynced and renamed, and its folder fsynced, so that the rename
+    survives a power cut; when it raises, the temporary file is removed and `path` stays as it was.
+
+    Parameters
+    ----------
+    path : path
+        Its folder is made where it does not exist.
+
+    Yields
+    ------
+    Path
+        In the same folder, with the same suffix.
+
+    Raises
+    ------
+    JournalError
+        The disk is full, or the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{next(_COUNT)}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_dir(path.parent)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    except Exception as error:
+        # Writers in Rust (safetensors) wrap the system's error in a type of their own.
+        if "os error 28" in str(error) or "No space left" in str(error):
+            raise disk_error(path, OSError(errno.ENOSPC, "No space left on device")) from error
+        raise
+    finally:
+        # After a failure only; best effort, so that it never hides the error that brought us here.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: str | os.PathLike, content: bytes | str) -> Path:
     """Write a file so that a reader, or a killed process, sees the old content or the new, never a part.
-
-    The bytes go to a temporary file in the same folder, are fsynced, and the file is renamed; then
-    the folder is fsynced, so that the rename itself survives a power cut.
 
     Parameters
     ----------
@@ -92,27 +137,9 @@ def write_atomic(path: str | os.PathLike, content: bytes | str) -> Path:
     JournalError
         The disk is full, or the file cannot be written; an existing file is left as it was.
     """
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes 0600; a result file should be as readable as any other file of its owner.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        fsync_dir(path.parent)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return path
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    return Path(path)
 
 
 def fsync_dir(folder: str | os.PathLike) -> None:
@@ -124,10 +151,3 @@ def fsync_dir(folder: str | os.PathLike) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    """Return the process's umask; reading it means setting it, so set it straight back."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
