@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 __version__ = "0.1.0"
 
@@ -25,18 +26,14 @@ _PUBLIC = {
     "DistillConfig": "distill",
     "PruningSession": "session",
 }
-_MODULES = (
-    "ablation cache distill documents drift errors evaluate export grid heal influence journal losses models plots "
-    "progress session stack stepper text"
-).split()
-
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__"]
+__all__ += list(_PUBLIC)
 
 
 def __getattr__(name: str):
     if name in _PUBLIC:
         value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
-    elif name in _MODULES:
+    elif not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         value = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -45,4 +42,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC, *_MODULES})
+    return sorted({*globals(), *_PUBLIC})
