@@ -1,0 +1,45 @@
+"""Errors for people: each says what was wrong, what was expected and what to do.
+
+Every error that ildlab raises on purpose is an `IldlabError`, so that a notebook or the stepper can
+show its text as it is and let everything else surface as the bug that it is.
+"""
+
+
+class IldlabError(Exception):
+    """Base of every error that ildlab raises on purpose."""
+
+
+class ModelError(IldlabError):
+    """A model or tokenizer could not be found, read or matched."""
+
+
+class UnsupportedModelError(ModelError):
+    """The decoder layers of a model could not be found, or replaying them differs from the model."""
+
+
+class TextError(IldlabError):
+    """A text source is missing, empty, too short or unreadable."""
+
+
+class MeasureError(IldlabError):
+    """Scores could not be computed, or came out NaN."""
+
+
+class DistillError(IldlabError):
+    """Distillation was asked for something impossible, or its loss stopped being finite."""
+
+
+class SuiteError(IldlabError):
+    """A suite, a task or one of its rows is malformed or out of reach."""
+
+
+class SessionError(IldlabError):
+    """A pruning step is not possible in the session's present state."""
+
+
+class JournalError(IldlabError):
+    """A run folder cannot be read, written or locked."""
+
+
+class ExportError(IldlabError):
+    """A checkpoint could not be written, or did not prove equal to the student when reloaded."""

@@ -1,0 +1,70 @@
+"""Long work is a generator: it yields `Progress` and returns its result.
+
+A blocking call drives it here, with a tqdm bar; the stepper drives it from a worker thread and may
+close it at any yield. Nothing else knows about threads or bars.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a piece of long work is.
+
+    Parameters
+    ----------
+    done, total : int
+        Units done so far, and in all.
+    note : str
+        One short line for a person.
+    partial : Any
+        The result so far, where the work has one worth showing (scores, a loss record).
+    """
+
+    done: int
+    total: int
+    note: str = ""
+    partial: Any = None
+
+
+Work = Generator[Progress, None, T]
+
+
+def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
+    """Run a generator of `Progress` to its end and return what it returns.
+
+    Parameters
+    ----------
+    work : generator of Progress
+    desc : str
+        Label of the bar.
+    show : bool, optional
+        Draw a tqdm bar; by default only where stderr is a terminal or a notebook.
+    """
+    from tqdm.auto import tqdm
+
+    if show is None:
+        show = sys.stderr.isatty()
+    bar = None
+    try:
+        while True:
+            progress = next(work)
+            if show:
+                if bar is None:
+                    bar = tqdm(total=progress.total, desc=desc, leave=False)
+                bar.total = progress.total
+                bar.n = progress.done
+                bar.set_postfix_str(progress.note, refresh=True)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        work.close()
+        if bar is not None:
+            bar.close()
