@@ -1,0 +1,64 @@
+# Each target sets up what it needs first, once: a virtual environment with pinned packages (.venv),
+# the bundled model (in the cache), and for tests a Chromium. A second call starts at once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The first Python that is new enough; `make PYTHON=/path/to/python demo` chooses another.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := dev,eval,lora
+STAMP := $(VENV)/.setup-stamp
+CACHE := $(or $(ILDLAB_CACHE),$(HOME)/.cache/ildlab)
+MODEL := $(CACHE)/models/smollm2-135m/config.json
+NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/batch/*.ipynb)
+# Added to pytest's run of tests/ (not to nbval's), such as PYTEST_FLAGS="-k text".
+PYTEST_FLAGS ?=
+
+.PHONY: help setup demo test lab bench lint browser
+
+help:  ## Show what there is to make
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) $(MODEL)  ## Make .venv with pinned packages and prepare the bundled model
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+		[ -n "$(PYTHON)" ] || { echo "ildlab needs Python 3.11 or newer, and found none: make PYTHON=/path/to/python ..."; exit 1; }; \
+		$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No virtual environment could be made (on Debian: apt-get install python3-venv)."; exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(MODEL): | $(STAMP)
+	$(BIN)/python -m ildlab.models smollm2-135m
+
+demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoint
+	$(BIN)/python -m ildlab.demo
+
+test: setup browser  ## All tests, then every notebook against its saved outputs
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@if [ -n "$(NOTEBOOKS)" ]; then \
+		set -x; $(BIN)/python -m pytest --nbval-lax --timeout 900 $(NOTEBOOKS); \
+	else echo "No notebook to check."; fi
+
+# Browser tests are skipped where there is no Chromium and no right to install one.
+browser:
+	@if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends chromium >/dev/null; \
+		else echo "No Chromium: browser tests will be skipped. Install it with your package manager."; fi; \
+	fi
+
+lab: setup  ## Open JupyterLab on the first notebook
+	$(BIN)/python -m jupyterlab notebooks/01_step_through_pruning.ipynb
+
+bench: setup  ## What is fast, as ratios measured in one run
+	$(BIN)/python benchmarks/run.py
+
+lint: $(STAMP)  ## Style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
