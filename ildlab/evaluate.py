@@ -1,0 +1,463 @@
+"""Judge a student: perplexity, distance from the teacher, size, speed, and a suite of tasks.
+
+Student and teacher go down their common bottom layers once. Every figure over the vocabulary is
+computed in fp32 log space, a few hundred positions at a time, so that logits never fill the memory.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import SuiteError, TextError
+from .progress import Progress, drive
+from .stack import LayerStack, Trunk, shared_prefix
+
+if TYPE_CHECKING:
+    from .suites import SuiteResult
+    from .text import TextBlocks
+
+CHUNK = 256  # positions whose logits exist at one time: 50 MB in fp32 for a vocabulary of 49,152
+
+
+@dataclass
+class Evaluation:
+    """What was measured of a student, beside its teacher.
+
+    Attributes
+    ----------
+    perplexity, teacher_perplexity : float
+        exp of the mean negative log-likelihood of each next token of the text.
+    kl : float
+        KL(teacher || student) in nats per token.
+    kl_low, kl_high : float
+        95% bootstrap interval of `kl` over blocks (equal to it where there is one block).
+    agreement : float
+        Share of tokens where both have the same most likely next token.
+    tokens : int
+        Next-token positions scored.
+    text : dict
+        Source, split and fingerprint of the text.
+    layers, teacher_layers, parameters, teacher_parameters, bytes, teacher_bytes : int
+        Sizes; tied weights count once.
+    tokens_per_second, teacher_tokens_per_second : float or None
+        Greedy generation of one sequence with the KV cache, both measured in turns.
+    suite, teacher_suite : SuiteResult or None
+        Scores on tasks.
+    canaries, teacher_canaries : SuiteResult or None
+        Scores on cheap probes: copying, one-digit arithmetic, closing brackets.
+    seconds : float
+        Wall-clock time of the evaluation.
+    """
+
+    perplexity: float
+    teacher_perplexity: float
+    kl: float
+    kl_low: float
+    kl_high: float
+    agreement: float
+    tokens: int
+    text: dict[str, Any]
+    layers: int
+    teacher_layers: int
+    parameters: int
+    teacher_parameters: int
+    bytes: int
+    teacher_bytes: int
+    tokens_per_second: float | None = None
+    teacher_tokens_per_second: float | None = None
+    suite: SuiteResult | None = None
+    teacher_suite: SuiteResult | None = None
+    canaries: SuiteResult | None = None
+    teacher_canaries: SuiteResult | None = None
+    seconds: float = 0.0
+
+    @property
+    def speed_ratio(self) -> float | None:
+        """Generation speed of the student over the teacher's; None where it was not measured."""
+        if not self.tokens_per_second or not self.teacher_tokens_per_second:
+            return None
+        return self.tokens_per_second / self.teacher_tokens_per_second
+
+    @property
+    def aggregate(self) -> float | None:
+        """Mean of the suite's normalised scores; None without a suite."""
+        return None if self.suite is None else self.suite.aggregate
+
+    @property
+    def quality_loss(self) -> float | None:
+        """1 - student/teacher aggregate, as in the paper; None without a suite."""
+        if self.suite is None:
+            return None
+        from .aggregate import quality_loss
+
+        return quality_loss(self.suite, self.teacher_suite).value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON-able values, that `from_dict` reads back."""
+        out = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in _SUITES:
+            out[name] = None if out[name] is None else out[name].to_dict()
+        return out
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Evaluation:
+        """Rebuild an evaluation from `to_dict`; keys that it does not know are left out."""
+        known = {field.name for field in fields(cls)}
+        values = {k: v for k, v in record.items() if k in known}
+        for name in _SUITES:
+            if values.get(name) is not None:
+                from .suites import SuiteResult
+
+                values[name] = SuiteResult.from_dict(values[name])
+        return cls(**values)
+
+    def teacher_record(self) -> dict[str, Any]:
+        """Return the teacher's figures alone, to pass to the next evaluation as `teacher_record`."""
+        record = {k: v for k, v in self.to_dict().items() if k.startswith("teacher_")}
+        return {**record, "text": self.text}
+
+    def summary(self) -> list[tuple[str, str, str]]:
+        """Rows (what, student, teacher) for a table."""
+        rows = [
+            ("layers", f"{self.layers}", f"{self.teacher_layers}"),
+            ("parameters", f"{self.parameters / 1e6:,.1f} M", f"{self.teacher_parameters / 1e6:,.1f} M"),
+            ("size", f"{self.bytes / 2**20:,.0f} MiB", f"{self.teacher_bytes / 2**20:,.0f} MiB"),
+            ("perplexity", f"{self.perplexity:,.3f}", f"{self.teacher_perplexity:,.3f}"),
+            (
+                "KL(teacher ‖ student) per token",
+                f"{self.kl:.4f} [{self.kl_low:.4f}, {self.kl_high:.4f}]",
+                "0",
+            ),
+            ("same top token as the teacher", f"{self.agreement:.1%}", "100%"),
+        ]
+        if self.tokens_per_second is not None:
+            teacher = (
+                "" if self.teacher_tokens_per_second is None else f"{self.teacher_tokens_per_second:.1f}/s"
+            )
+            ratio = "" if self.speed_ratio is None else f" ({self.speed_ratio:.2f} ×)"
+            rows.append(("tokens generated", f"{self.tokens_per_second:.1f}/s{ratio}", teacher))
+        for mine, theirs in ((self.suite, self.teacher_suite), (self.canaries, self.teacher_canaries)):
+            if mine is None:
+                continue
+            rows.append((f"{mine.name}: aggregate", mine.shown(), "" if theirs is None else theirs.shown()))
+            for name, task in mine.tasks.items():
+                other = None if theirs is None else theirs.tasks.get(name)
+                rows.append(
+                    (
+                        f"{mine.name}: {name}",
+                        f"{task.score:.3f}",
+                        "" if other is None else f"{other.score:.3f}",
+                    )
+                )
+        if self.quality_loss is not None:
+            rows.append(("quality loss", f"{self.quality_loss:+.1%}", ""))
+        return rows
+
+    def _repr_html_(self) -> str:
+        body = "".join(
+            "<tr>"
+            + f"<th scope='row' style='text-align:left'>{html.escape(what)}</th>"
+            + "".join(f"<td style='text-align:right'>{html.escape(cell)}</td>" for cell in cells)
+            + "</tr>"
+            for what, *cells in self.summary()
+        )
+        where = html.escape(f"{self.tokens:,} tokens of {self.text.get('source') or 'a tensor of blocks'}")
+        return (
+            f"<table aria-label='Evaluation'><caption>{where}, {self.seconds:.0f} s</caption>"
+            "<thead><tr><th></th><th scope='col'>student</th><th scope='col'>teacher</th></tr></thead>"
+            f"<tbody>{body}</tbody></table>"
+        )
+
+
+_SUITES = ("suite", "teacher_suite", "canaries", "teacher_canaries")
+
+
+def evaluate_steps(
+    student: LayerStack,
+    teacher: LayerStack,
+    blocks: TextBlocks | Tensor,
+    *,
+    tokenizer: Any = None,
+    suite: Any = None,
+    canaries: bool = False,
+    speed: bool = True,
+    batch_size: int = 8,
+    teacher_record: dict[str, Any] | Evaluation | None = None,
+    cache: Any = None,
+    seed: int = 0,
+) -> Generator[Progress, None, Evaluation]:
+    """Evaluate a student against its teacher, step by step.
+
+    Parameters
+    ----------
+    student, teacher : LayerStack
+        They may be one and the same.
+    blocks : TextBlocks or int Tensor [N, T]
+        Text for perplexity, KL and agreement: the eval split.
+    tokenizer
+        Needed for `suite` and `canaries`.
+    suite : str or Suite, optional
+        What `ildlab.suites.load_suite` takes: a name, a YAML file, `"file:rows.jsonl"`,
+        `"lm-eval:arc_easy,piqa"`.
+    canaries : bool
+        Score the shipped probes as well (copying, arithmetic, brackets).
+    speed : bool
+        Measure generation.
+    batch_size : int
+        Blocks in one pass.
+    teacher_record : dict or Evaluation, optional
+        An earlier evaluation (or its `teacher_record()`) beside the same teacher: its suite and
+        canary scores are taken over where they stand for the same tasks, and its generation speed.
+    cache : path, optional
+        Folder where suite results are kept by model fingerprint.
+    seed : int
+        Of the bootstrap.
+
+    Yields
+    ------
+    Progress
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    TextError
+        No block, or blocks of one token.
+    SuiteError
+        A suite was asked for without a tokenizer, or is malformed.
+    """
+    start = time.perf_counter()
+    tokens = blocks if isinstance(blocks, Tensor) else blocks.tokens
+    if tokens.dim() != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise TextError(
+            f"Evaluation needs at least one block of 2 tokens or more, got a shape of {tuple(tokens.shape)}."
+        )
+    wanted = []
+    if suite is not None or canaries:
+        if tokenizer is None:
+            raise SuiteError("Scoring a suite needs the tokenizer: pass tokenizer=loaded.tokenizer.")
+        from .suites import load_suite
+
+        # Read (and so checked) before the minutes that the rest takes.
+        wanted = [("suite", load_suite(suite))] if suite is not None else []
+        wanted += [("canaries", load_suite("canaries"))] if canaries else []
+    record = _as_record(teacher_record)
+
+    sums = np.zeros((tokens.shape[0], 5))
+    for done, rows in _text_steps(student, teacher, tokens, batch_size, sums):
+        seen = sums[:done].sum(0)
+        note = f"perplexity {math.exp(seen[1] / max(seen[0], 1)):.2f}, KL {seen[3] / max(seen[0], 1):.4f}"
+        yield Progress(done, tokens.shape[0], f"text: {note}")
+    count, nll, teacher_nll, kl, same = sums.sum(0)
+    low, high = _bootstrap_ratio(sums[:, 3], sums[:, 0], seed)
+
+    rate = teacher_rate = None
+    if speed:
+        yield Progress(0, 1, "generation speed")
+        same_model = student.model is teacher.model
+        known = record.get("teacher_tokens_per_second")
+        rate, teacher_rate = generation_speed(student, None if same_model or known else teacher, tokens)
+        teacher_rate = known or (rate if same_model else teacher_rate)
+
+    results: dict[str, Any] = {}
+    for name, loaded in wanted:
+        from .suites import suite_steps
+
+        results[name] = yield from suite_steps(student, tokenizer, loaded, cache=cache)
+        results[f"teacher_{name}"] = _recorded(record.get(f"teacher_{name}"), loaded)
+        if results[f"teacher_{name}"] is None:
+            same_model = shared_prefix(student, teacher) == len(student) == len(teacher)
+            results[f"teacher_{name}"] = (
+                results[name]
+                if same_model
+                else (yield from suite_steps(teacher, tokenizer, loaded, cache=cache))
+            )
+    return Evaluation(
+        perplexity=math.exp(nll / count),
+        teacher_perplexity=math.exp(teacher_nll / count),
+        kl=kl / count,
+        kl_low=low,
+        kl_high=high,
+        agreement=same / count,
+        tokens=int(count),
+        text={name: getattr(blocks, name, None) for name in ("source", "split", "fingerprint")},
+        layers=len(student),
+        teacher_layers=len(teacher),
+        **_sizes(student, ""),
+        **_sizes(teacher, "teacher_"),
+        tokens_per_second=rate,
+        teacher_tokens_per_second=teacher_rate,
+        **results,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def evaluate(
+    student: LayerStack,
+    teacher: LayerStack,
+    blocks: TextBlocks | Tensor,
+    *,
+    show: bool | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Evaluate a student against its teacher; `evaluate_steps` says what the options are."""
+    return drive(evaluate_steps(student, teacher, blocks, **options), desc="evaluate", show=show)
+
+
+@torch.no_grad()
+def both_final(student: LayerStack, teacher: LayerStack, batch: Any) -> tuple[Tensor, Tensor, Trunk]:
+    """Final hidden states of student and teacher, their common bottom layers run once.
+
+    Parameters
+    ----------
+    batch : Tensor [B, T] of token ids, or a mapping with an attention mask
+
+    Returns
+    -------
+    student's h[L], teacher's h[L] : Tensor [B, T, d], pre-norm
+        One and the same tensor where the two do not differ.
+    trunk : Trunk
+        The teacher's.
+    """
+    common = shared_prefix(student, teacher)
+    theirs = teacher.trunk(batch)
+    if common == 0:
+        return student.final(batch), teacher.final(theirs), theirs
+    hidden = theirs.h0
+    for position in range(common):
+        hidden = teacher.run(position, hidden, theirs)
+    ours, reference = hidden, hidden
+    for position in range(common, len(teacher)):
+        reference = teacher.run(position, reference, theirs)
+    if common < len(student):
+        mine = student.trunk(batch)
+        for position in range(common, len(student)):
+            ours = student.run(position, ours, mine)
+    return ours, reference, theirs
+
+
+@torch.no_grad()
+def _text_steps(student, teacher, tokens: Tensor, batch_size: int, sums: np.ndarray):
+    """Fill `sums` [N, 5], block by block, with: count, nll, teacher nll, KL, same top token."""
+    for start in range(0, tokens.shape[0], batch_size):
+        batch = tokens[start : start + batch_size].long()
+        ours, reference, trunk = both_final(student, teacher, batch)
+        target = trunk.input_ids[:, 1:]
+        valid = torch.ones_like(target, dtype=torch.bool)
+        if trunk.attention_mask is not None:
+            valid = (trunk.attention_mask[:, 1:] * trunk.attention_mask[:, :-1]).bool()
+        row, column = valid.nonzero(as_tuple=True)
+        figures = torch.zeros(batch.shape[0], 5, dtype=torch.float64, device=target.device)
+        for part in torch.arange(len(row), device=row.device).split(CHUNK):
+            r, c = row[part], column[part]
+            figures.index_add_(0, r, _position_figures(student, teacher, ours, reference, target, r, c))
+        sums[start : start + batch.shape[0]] = figures.cpu().numpy()
+        yield start + batch.shape[0], batch.shape[0]
+
+
+def _position_figures(student, teacher, ours, reference, target, r, c) -> Tensor:
+    """Return [P, 5] in fp64 of one chunk of positions."""
+    gold = target[r, c][:, None]
+    theirs = torch.log_softmax(teacher.logits(reference[r, c]).float(), -1)
+    out = torch.zeros(len(r), 5, dtype=torch.float64, device=gold.device)
+    out[:, 0] = 1
+    out[:, 2] = -theirs.gather(1, gold)[:, 0].double()
+    if ours is reference:  # the whole stack is shared, and so is the tail
+        out[:, 1], out[:, 4] = out[:, 2], 1
+        return out
+    mine = torch.log_softmax(student.logits(ours[r, c]).float(), -1)
+    out[:, 1] = -mine.gather(1, gold)[:, 0].double()
+    out[:, 3] = torch.nn.functional.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1).double()
+    out[:, 4] = (mine.argmax(-1) == theirs.argmax(-1)).double()
+    return out
+
+
+def _bootstrap_ratio(
+    values: np.ndarray, counts: np.ndarray, seed: int, samples: int = 1000
+) -> tuple[float, float]:
+    """95% interval of sum(values)/sum(counts) over resampled blocks."""
+    rng = np.random.default_rng(seed)
+    pick = rng.integers(0, len(values), (samples, len(values)))
+    ratios = values[pick].sum(1) / np.maximum(counts[pick].sum(1), 1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@torch.no_grad()
+def generation_speed(
+    student: LayerStack, teacher: LayerStack | None, tokens: Tensor, *, new_tokens: int = 24, rounds: int = 3
+) -> tuple[float, float | None]:
+    """Tokens a second that each generates, greedily, for one prompt of 16 tokens.
+
+    The two take turns, and the median of the rounds counts, so that a busy machine slows both.
+
+    Returns
+    -------
+    student's, teacher's (None without one)
+    """
+    prompt = tokens[:1, :16].long()
+    times: dict[int, list[float]] = {}
+    for turn in range(rounds + 1):
+        for which, stack in enumerate([student, teacher]):
+            if stack is None:
+                continue
+            amount = 2 if turn == 0 else new_tokens  # the first turn warms up
+            start = time.perf_counter()
+            _generate(stack, prompt, amount)
+            if turn:
+                times.setdefault(which, []).append(time.perf_counter() - start)
+    rates = {which: new_tokens / float(np.median(taken)) for which, taken in times.items()}
+    return rates[0], rates.get(1)
+
+
+def _generate(stack: LayerStack, prompt: Tensor, new_tokens: int) -> Tensor:
+    prompt = prompt.to(stack.device)
+    pad = stack.config.eos_token_id
+    pad = pad[0] if isinstance(pad, (list, tuple)) else pad
+    out = stack.model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        min_new_tokens=new_tokens,
+        max_new_tokens=new_tokens,
+        pad_token_id=0 if pad is None else pad,
+        use_cache=True,
+    )
+    if stack.device.type == "cuda":
+        torch.cuda.synchronize(stack.device)
+    return out
+
+
+def _sizes(stack: LayerStack, prefix: str) -> dict[str, int]:
+    parameters = list(stack.model.parameters())
+    return {
+        f"{prefix}parameters": sum(p.numel() for p in parameters),
+        f"{prefix}bytes": sum(p.numel() * p.element_size() for p in parameters),
+    }
+
+
+def _as_record(record: dict[str, Any] | Evaluation | None) -> dict[str, Any]:
+    if isinstance(record, Evaluation):
+        return record.teacher_record()
+    return record or {}
+
+
+def _recorded(kept: Any, suite: Any):
+    """The teacher's kept result, where it stands for the same tasks; else None."""
+    if not kept:
+        return None
+    from .suites import SuiteResult
+
+    result = SuiteResult.from_dict(kept) if isinstance(kept, dict) else kept
+    return result if result.fingerprint == suite.fingerprint else None
