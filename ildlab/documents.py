@@ -7,38 +7,23 @@ or case alone count as one.
 
 from __future__ import annotations
 
-import ast
 import gzip
 import hashlib
-import inspect
 import json
 import os
-import platform
 import re
-import sysconfig
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from ildlab.cache import cache_dir, data_dir, write_atomic
 from ildlab.errors import TextError
-from ildlab.progress import Progress, Work, drive
+from ildlab.progress import drive
+from ildlab.python_docs import python_docs_key, read_python_docs
 
 SPLITS = ("calibration", "train", "eval")
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 
-# Packages that every install of ildlab has and whose docstrings are prose. The list is fixed, so that
-# the text depends on the pinned versions and not on what else happens to be installed.
-_PACKAGES = (
-    "IPython accelerate click huggingface_hub jinja2 matplotlib mpmath networkx numpy pandas requests "
-    "scipy seaborn sympy torch tornado tqdm traitlets transformers"
-)
-# `models`: transformers repeats the same docstring for each of some hundred architectures.
-_SKIPPED_FOLDERS = set("__pycache__ _vendor idlelib lib2to3 models site-packages test testing tests".split())
-_MIN_DOCSTRING = 200  # characters: shorter ones are labels rather than text
 _MAX_CHUNK = 2000  # characters of a .txt or .md file that travel together
 
 
@@ -104,7 +89,7 @@ def find_documents(
 
     name = str(source)
     if name == "python-docs":
-        key = _python_docs_key()
+        key = python_docs_key()
         return Documents(name, key, False, lambda: _order(_python_docs(key, split), seed))
     if name == "teacher-samples":
         folder = data_dir() / "teacher_samples"
@@ -314,8 +299,8 @@ def _hub_rows(name: str, seed: int, text_column: str | None) -> Iterator[str]:
         import datasets
     except ImportError as error:
         raise TextError(
-            f"{name!r} is neither a file nor a folder here, so it was taken for a Hub data set; reading those "
-            "needs datasets: pip install 'ildlab[data]'."
+            f"{name!r} is neither a file nor a folder here, so it was taken for a Hub data set; reading "
+            "those needs datasets: pip install 'ildlab[data]'."
         ) from error
     dataset, _, configuration = name.partition(":")
     try:
@@ -335,74 +320,21 @@ def _hub_rows(name: str, seed: int, text_column: str | None) -> Iterator[str]:
         # datasets, huggingface_hub, fsspec and httpx each have error types of their own for "not there"
         # and "no network"; a person needs the same advice for all of them.
         raise TextError(
-            f"{name!r} is neither a file nor a folder here, and the Hub data set {dataset!r} could not be read: "
+            f"{name!r} is no file or folder here, and the Hub data set {dataset!r} could not be read: "
             f"{type(error).__name__}: {error}. Check the name (owner/name:configuration) and the network; "
-            'without a network, download its parquet files elsewhere and give their folder, or use "python-docs".'
+            'without a network, give a folder with its parquet files, or use "python-docs".'
         ) from error
 
 
-# ---- Python's own documentation ----------------------------------------------------------------------
-
-
-def _python_docs_key() -> str:
-    """Fingerprint of Python's version and of those of the packages read."""
-    versions = [f"python {platform.python_version()}"]
-    for package in _PACKAGES.split():
-        try:
-            # Without the local part: torch 2.13.0+cpu and 2.13.0+cu128 document the same.
-            versions.append(f"{package} {metadata.version(package).partition('+')[0]}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{package} -")
-    rules = f"{_MIN_DOCSTRING} {sorted(_SKIPPED_FOLDERS)}"
-    return "python-docs-" + hashlib.sha256("\n".join([*versions, rules]).encode()).hexdigest()[:16]
+# ---- Python's own documentation --------------------------------------------------------------------
 
 
 def _python_docs(key: str, split: str) -> list[str]:
+    """Read a split from the cache; the first call reads every docstring and fills it, in some 20 s."""
     file = cache_dir("text") / f"{key}-{split}.json"
     if not file.exists():
-        drive(_collect_python_docs(key), desc="reading docstrings")
+        found = sorted(drive(read_python_docs(), desc="reading docstrings"))
+        for each in SPLITS:
+            texts = list(_distinct(found, each))
+            write_atomic(cache_dir("text") / f"{key}-{each}.json", json.dumps(texts, ensure_ascii=False))
     return json.loads(file.read_text(encoding="utf-8"))
-
-
-def _collect_python_docs(key: str) -> Work[None]:
-    """Read the documents of every split into the cache; no package is imported, only parsed."""
-    from pydoc_data.topics import topics
-
-    roots = [Path(sysconfig.get_paths()["stdlib"])]
-    for package in _PACKAGES.split():
-        spec = find_spec(package)
-        roots += [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    files = sorted(file for root in roots for file in _python_files(root))
-    found = list(topics.values())
-    for done, file in enumerate(files):
-        if done % 100 == 0:
-            yield Progress(done, len(files), f"{len(found)} documents")
-        found += _docstrings(file)
-    for split in SPLITS:
-        texts = list(_distinct(sorted(found), split))
-        write_atomic(cache_dir("text") / f"{key}-{split}.json", json.dumps(texts, ensure_ascii=False))
-
-
-def _python_files(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
-        yield from (Path(folder, name) for name in names if name.endswith(".py"))
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    source = file.read_bytes()
-    if b'"""' not in source and b"'''" not in source:
-        return
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's code
-            todo: list[ast.AST] = [ast.parse(source)]
-    except (SyntaxError, ValueError, RecursionError):
-        return  # a template or a file for another Python: not documentation that we could read
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) >= _MIN_DOCSTRING:
-                yield inspect.cleandoc(text)
-        todo += [child for child in getattr(node, "body", []) if isinstance(child, ast.stmt)]

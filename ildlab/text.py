@@ -99,8 +99,9 @@ class TextBlocks:
         }
         if self.note:
             rows["note"] = self.note
+        left = "style='text-align:left'"
         cells = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+            f"<tr><th {left}>{name}</th><td {left}>{html.escape(value)}</td></tr>"
             for name, value in rows.items()
         )
         return f"<table aria-label='Text blocks'><tbody>{cells}</tbody></table>"
