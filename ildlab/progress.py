@@ -7,6 +7,7 @@ close it at any yield. Nothing else knows about threads or bars.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,6 +36,30 @@ class Progress:
 
 
 Work = Generator[Progress, None, T]
+
+
+def lines(work: Work[T], *, every: float = 10.0) -> T:
+    """Run a generator of `Progress` to its end, printing plain lines; for logs and batch notebooks.
+
+    Parameters
+    ----------
+    work : generator of Progress
+    every : float
+        Seconds between two lines; a change of `done` is printed at once.
+    """
+    start = last = time.perf_counter()
+    done = None
+    try:
+        while True:
+            progress = next(work)
+            now = time.perf_counter()
+            if progress.done != done or now - last >= every:
+                print(f"{now - start:6.0f} s  {progress.done}/{progress.total}  {progress.note}", flush=True)
+                done, last = progress.done, now
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        work.close()
 
 
 def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
