@@ -1,0 +1,215 @@
+"""The repository agrees with itself: dependencies, pins, conda, what ships, a light import."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import importlib
+import json
+import re
+import stat
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import ildlab
+from ildlab import cache
+from ildlab.errors import IldlabError, JournalError
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+
+def name_of(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def direct_dependencies() -> set[str]:
+    listed = [*PYPROJECT["project"]["dependencies"], *(each for extra in EXTRAS.values() for each in extra)]
+    names = {name_of(each) for each in listed}
+    return names | (
+        {"distributed"} if "dask" in names else set()
+    )  # dask[distributed] is a package of its own
+
+
+def test_every_direct_dependency_is_pinned_and_nothing_else():
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pins = dict(line.split("==") for line in lines if line)
+    assert set(pins) == direct_dependencies()
+    assert pins["torch"] == "2.13.0"
+
+
+def test_environment_yml_equals_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert [each for each in environment["channels"] if each != "nodefaults"] == ["conda-forge"]
+    conda = [each for each in environment["dependencies"] if isinstance(each, str)]
+    pip = next(each["pip"] for each in environment["dependencies"] if isinstance(each, dict))
+    names = {"pytorch": "torch"}
+    listed = {re.sub(r"^[\w-]+", lambda m: names.get(m[0], m[0]), each) for each in conda} - {"pip"}
+    wanted = {*PYPROJECT["project"]["dependencies"], f"python{PYPROJECT['project']['requires-python']}"}
+    assert listed == wanted
+    assert len(pip) == 1
+    extras = re.fullmatch(r"-e \.\[([\w,]+)\]", pip[0])[1].split(",")
+    assert set(extras) <= set(EXTRAS)
+    makefile = (ROOT / "Makefile").read_text()
+    assert extras == re.search(r"^EXTRAS := ([\w,]+)$", makefile, re.M)[1].split(",")
+
+
+def test_every_import_is_declared():
+    declared = direct_dependencies()
+    module_of = {
+        "pyyaml": "yaml",
+        "rouge-score": "rouge_score",
+        "lm-eval": "lm_eval",
+        "liger-kernel": "liger_kernel",
+    }
+    allowed = {module_of.get(name, name) for name in declared} | {
+        "ildlab",
+        "IPython",
+        *sys.stdlib_module_names,
+    }
+    # What comes with a declared package as its own public parts.
+    allowed |= {
+        "huggingface_hub",
+        "nbformat",
+        "nbclient",
+        "nbconvert",
+        "traitlets",
+        "tokenizers",
+        "ipykernel",
+    }
+    for file in [*ROOT.glob("ildlab/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        local = {each.stem for each in file.parent.glob("*.py")} if file.parent.name != "ildlab" else set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = []
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            for module in modules:
+                assert module.partition(".")[0] in allowed | local, f"{file.name} imports {module}"
+
+
+def test_makefile_targets_and_ci():
+    text = (ROOT / "Makefile").read_text()
+    for target in ("demo", "test", "lab", "bench", "lint", "setup"):
+        assert re.search(rf"^{target}:", text, re.M), target
+    run = ROOT / ".ci" / "run"
+    assert run.stat().st_mode & stat.S_IXUSR
+    assert "set -euo pipefail" in run.read_text()
+    subprocess.run(["bash", "-n", str(run)], check=True)
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_import_is_light():
+    code = "import json, sys, ildlab; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "numpy", "pandas", "matplotlib", "ipywidgets", "accelerate", "datasets"}
+    assert not heavy & set(json.loads(done.stdout))
+
+
+def test_public_names_resolve():
+    modules = {file.stem for file in (ROOT / "ildlab").glob("*.py")}
+    for name, module in ildlab._PUBLIC.items():
+        assert name not in modules, f"{name} is a module as well"
+        assert getattr(ildlab, name) is getattr(importlib.import_module(f"ildlab.{module}"), name)
+    assert set(ildlab.__all__) <= set(dir(ildlab))
+    assert not hasattr(ildlab, "no_such_name")
+
+
+@pytest.mark.slow
+def test_wheel_holds_code_and_data(tmp_path):
+    # hatchling alone, without pip's isolation, so that no network is needed.
+    pytest.importorskip("hatchling")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+        wheel.extractall(tmp_path / "site")
+    assert {f"ildlab/{file.name}" for file in (ROOT / "ildlab").glob("*.py")} <= names
+    shipped = {file.relative_to(ROOT / "data") for file in (ROOT / "data").rglob("*") if file.is_file()}
+    assert {f"ildlab/data/{file.as_posix()}" for file in shipped} <= names
+    assert not any(name.startswith(("tests/", "notebooks/")) for name in names)
+    code = "import ildlab.cache as c; print(c.__file__); print(c.data_dir())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(tmp_path / "site/ildlab" / name) for name in ("cache.py", "data")]
+
+
+# ---- ildlab.cache ----------------------------------------------------------------------------------
+
+
+def test_cache_dir_honours_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "elsewhere"))
+    assert cache.cache_dir("a", "b") == tmp_path / "elsewhere" / "a" / "b"
+    assert (tmp_path / "elsewhere" / "a" / "b").is_dir()
+    monkeypatch.delenv("ILDLAB_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.cache_dir() == tmp_path / ".cache" / "ildlab"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(JournalError):
+        cache.cache_dir("sub")
+
+
+def test_data_dir_of_a_checkout(monkeypatch, tmp_path):
+    assert cache.data_dir() == ROOT / "data"
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "ildlab" / "cache.py"))
+    with pytest.raises(IldlabError, match="Install ildlab again"):
+        cache.data_dir()
+
+
+def test_write_atomic(tmp_path):
+    file = tmp_path / "new" / "a.json"
+    assert cache.write_atomic(file, "é\r\n") == file
+    assert file.read_bytes() == "é\r\n".encode()
+    cache.write_atomic(file, b"\x00\x01")
+    assert file.read_bytes() == b"\x00\x01"
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert file.stat().st_mode == plain.stat().st_mode
+    assert [each.name for each in file.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "No permission")]
+)
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, message):
+    file = tmp_path / "a.json"
+    cache.write_atomic(file, "old")
+
+    def fail(handle):
+        raise OSError(number, "injected")
+
+    monkeypatch.setattr(cache.os, "fsync", fail)
+    with pytest.raises(JournalError, match=message):
+        cache.write_atomic(file, "new")
+    assert file.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_full_disk_under_safetensors_is_named(tmp_path):
+    with pytest.raises(JournalError, match="disk is full"):
+        with cache.atomic_file(tmp_path / "a.safetensors"):
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(ZeroDivisionError):
+        with cache.atomic_file(tmp_path / "b") as temporary:
+            temporary.write_text("half")
+            _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,371 @@
+"""Text blocks: packing against a naive loop, splits that never overlap, the cache, and bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from ildlab import documents, text
+from ildlab.documents import SPLITS, find_documents, split_of
+from ildlab.errors import TextError
+from ildlab.text import load_text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(teacher):
+    return teacher.tokenizer
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of this test's own."""
+    monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def prose(n: int, seed: int = 0) -> list[str]:
+    """`n` different paragraphs of some 300 characters."""
+    rng = random.Random(seed)
+    words = "the model learns from every layer it loses and heals by what the teacher knows of text".split()
+    return [f"Paragraph {i}. " + " ".join(rng.choices(words, k=60)) + "." for i in range(n)]
+
+
+def make_tokenizer(*, bos=None, eos=None, opens=False):
+    """A word-level tokenizer with the special tokens asked for; `opens`: it puts BOS before each text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "<s>", "</s>", *sorted({word for page in prose(50) for word in page.split()}), "a"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if opens:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+
+
+def test_packing_equals_the_naive_loop(tokenizer):
+    texts = prose(80)
+    blocks = load_text(texts, tokenizer, block=32, split="train", seed=3)
+    naive = []
+    for document in find_documents(texts, split="train", seed=3).stream():
+        naive += [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    n = len(naive) // 32
+    assert len(blocks) == n > 20
+    assert blocks.tokens.dtype == torch.int32 and blocks.tokens.shape == (n, 32)
+    assert blocks.tokens.flatten().tolist() == naive[: n * 32]
+    assert (blocks.source, blocks.split, blocks.seed, blocks.note) == ("list of 80 texts", "train", 3, "")
+
+
+@pytest.mark.parametrize("kind", ["list", "txt", "jsonl"])
+def test_splits_partition_the_documents(kind, tmp_path):
+    texts = prose(200)
+    source = texts
+    if kind == "txt":
+        source = tmp_path / "a.txt"
+        source.write_text("\n\n".join(texts))
+    if kind == "jsonl":
+        source = tmp_path / "a.jsonl"
+        source.write_text("\n".join(json.dumps({"text": each}) for each in texts))
+    parts = {split: list(find_documents(source, split=split).stream()) for split in SPLITS}
+    everything = [document for part in parts.values() for document in part]
+    assert len(everything) == len(set(everything))
+    # Text files are cut to chunks of paragraphs; nothing is lost and nothing is in two splits.
+    assert sorted("\n\n".join(everything).split("\n\n")) == sorted(texts)
+    assert all(split_of(document) == split for split, part in parts.items() for document in part)
+    assert len(parts["train"]) > len(parts["eval"]) > 0 < len(parts["calibration"])
+
+
+def test_a_document_that_differs_in_white_space_is_the_same_document():
+    texts = prose(60)
+    double = texts + [" ".join(each.split()).replace(" ", "  ").upper() for each in texts]
+    count = sum(len(list(find_documents(double, split=split).stream())) for split in SPLITS)
+    assert count == 60
+
+
+def test_seed_orders_and_fewer_tokens_are_a_prefix(tokenizer):
+    texts = prose(80)
+    one, again = (load_text(texts, tokenizer, block=16, split="train", seed=1) for _ in range(2))
+    other = load_text(texts[::-1], tokenizer, block=16, split="train", seed=1)
+    assert one.fingerprint == again.fingerprint == other.fingerprint
+    assert load_text(texts, tokenizer, block=16, split="train", seed=2).fingerprint != one.fingerprint
+    few = load_text(texts, tokenizer, block=16, split="train", seed=1, tokens=16 * 9 + 15)
+    assert len(few) == 9 and torch.equal(few.tokens, one.tokens[:9])
+    assert few.fingerprint == one.take(9).fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("special", "first", "between"),
+    [
+        ({"eos": "</s>"}, [], [2]),
+        ({"bos": "<s>"}, [], [1]),
+        ({"bos": "<s>", "opens": True}, [1], [1]),
+        ({"bos": "<s>", "eos": "</s>"}, [], [2]),
+        ({"bos": "<s>", "eos": "</s>", "opens": True}, [1], [2, 1]),
+        ({"bos": "</s>", "eos": "</s>"}, [], [2]),
+    ],
+)
+def test_what_stands_between_documents(special, first, between):
+    tokenizer = make_tokenizer(**special)
+    texts = [each for each in prose(50) if split_of(each) == "train"][:2]
+    ids = load_text(texts, tokenizer, block=2, split="train").tokens.flatten().tolist()
+    ordered = find_documents(texts, split="train").stream()
+    one, two = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in ordered)
+    expected = [*first, *one, *between, *two, *between]
+    assert ids == expected[: len(expected) // 2 * 2]
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused():
+    with pytest.raises(TextError, match="neither an EOS nor a BOS"):
+        load_text(prose(50), make_tokenizer(), block=8)
+
+
+def test_batches_take_and_html(tokenizer):
+    blocks = load_text([*prose(80), "<script>alert(1)</script> " * 40], tokenizer, block=16, split="train")
+    batches = list(blocks.batches(7))
+    assert all(batch.dtype == torch.int64 for batch in batches)
+    assert [len(batch) for batch in batches[:-1]] == [7] * (len(batches) - 1)
+    assert torch.equal(torch.cat(batches), blocks.tokens.long())
+    assert blocks.n_tokens == len(blocks) * blocks.block == blocks.tokens.numel()
+    assert torch.equal(blocks.take(2).tokens, blocks.tokens[:2])
+    for n in (0, len(blocks) + 1):
+        with pytest.raises(TextError, match="take"):
+            blocks.take(n)
+    with pytest.raises(TextError, match="at least 1"):
+        next(blocks.batches(0))
+    assert f"{blocks.n_tokens:,} tokens" in blocks._repr_html_()
+
+
+def test_files_of_every_kind_give_the_same_documents(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = prose(60)
+    rows = "\n".join(json.dumps({"id": i, "text": each}) for i, each in enumerate(texts))
+    (tmp_path / "a.jsonl").write_text("\ufeff" + rows + "\n\n", encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    (tmp_path / "strings.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    pq.write_table(pa.table({"id": range(60), "body": texts}), tmp_path / "a.parquet", row_group_size=7)
+    for file in ("a.jsonl", "a.jsonl.gz", "strings.jsonl", "a.parquet"):
+        assert list(find_documents(tmp_path / file, split="train").stream()) == list(
+            find_documents(texts, split="train").stream()
+        ), file
+    # A folder holds all of them, and hidden files do not count; each document comes once.
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "b.txt").write_text("not to be read " * 50)
+    assert len(list(find_documents(tmp_path, split="train").stream())) == sum(
+        split_of(t) == "train" for t in texts
+    )
+
+
+def test_a_text_without_paragraphs_is_cut(tmp_path):
+    file = tmp_path / "one_line.txt"
+    file.write_text(" ".join(f"word{i}" for i in range(20_000)))
+    parts = {split: list(find_documents(file, split=split).stream()) for split in SPLITS}
+    assert all(parts.values())
+    words = sorted(" ".join(document for part in parts.values() for document in part).split())
+    assert words == sorted(f"word{i}" for i in range(20_000))
+
+
+def test_python_docs_run_nothing_and_are_real(tokenizer):
+    code = (
+        "import sys; from ildlab.documents import find_documents\n"
+        "page = next(find_documents('python-docs', split='eval').stream())\n"
+        "print(len(page), *(name for name in ('scipy', 'sympy', 'seaborn', 'torch') if name in sys.modules))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    length, *imported = output.stdout.split()
+    assert int(length) >= 200 and not imported
+    parts = {split: set(find_documents("python-docs", split=split).stream()) for split in SPLITS}
+    assert len(parts["train"]) > 10_000
+    assert not parts["train"] & parts["eval"] and not parts["train"] & parts["calibration"]
+    blocks = load_text("python-docs", tokenizer, block=128, tokens=1024, split="eval")
+    assert blocks.tokens.shape == (8, 128)
+    assert "the" in tokenizer.decode(blocks.tokens[0].tolist())
+
+
+def test_cache_is_used_kept_true_and_survives_damage(cache, tokenizer, monkeypatch, tmp_path):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, prose(300))))
+    monkeypatch.setattr(text, "_MAPPED", 1000)  # so that this small source counts as large
+    encoded = []
+    encode = text._encode
+    monkeypatch.setattr(text, "_encode", lambda tok, batch: encoded.append(len(batch)) or encode(tok, batch))
+
+    def load(**more):
+        encoded.clear()
+        blocks = load_text(folder, tokenizer, block=64, split="train", **more)
+        return blocks, sum(encoded)
+
+    part, n = load(tokens=2048)
+    assert len(part) == 32 and 0 < n < 150
+    again, n = load(tokens=1024)
+    assert n == 0 and torch.equal(again.tokens, part.tokens[:16])
+    whole, n = load()
+    assert n > 150 and torch.equal(whole.tokens[:32], part.tokens)
+    again, n = load()
+    assert n == 0 and again.fingerprint == whole.fingerprint
+    assert isinstance(np.load(next((cache / "text").glob("*-all.npy")), mmap_mode="c"), np.memmap)
+    again.tokens[0, 0] += 1  # private to this process: the file stays as it was
+    assert load()[0].fingerprint == whole.fingerprint
+
+    for file in (cache / "text").glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:100])
+    again, n = load()
+    assert n > 150 and again.fingerprint == whole.fingerprint
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, prose(300, seed=1))))
+    again, n = load()
+    assert n > 150 and again.fingerprint != whole.fingerprint
+    assert load_text(folder, make_tokenizer(eos="</s>"), split="train").fingerprint != again.fingerprint
+
+
+def test_no_warning_about_long_texts(capfd, caplog):
+    tokenizer = make_tokenizer(eos="</s>")
+    tokenizer.model_max_length = 10
+    load_text(prose(50), tokenizer, block=32, split="train")
+    captured = capfd.readouterr()
+    assert "longer than" not in captured.err + captured.out + caplog.text
+
+
+def test_mixture_takes_turns(tokenizer, tmp_path):
+    names = []
+    for seed in (0, 1):
+        names.append(str(tmp_path / f"{seed}.jsonl"))
+        (tmp_path / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, prose(100, seed))))
+    parts = [load_text(name, tokenizer, block=32, split="train") for name in names]
+    both = load_text("+".join(names), tokenizer, block=32, split="train", tokens=7 * 32)
+    assert len(both) == 7 and both.source == "+".join(names) and both.note == ""
+    for i, row in enumerate(both.tokens):
+        assert torch.equal(row, parts[i % 2].tokens[i // 2])
+    much = load_text("+".join(names), tokenizer, block=32, split="train", tokens=10**6)
+    assert len(much) == 2 * min(map(len, parts)) and "Shares stay equal" in much.note
+    # A file whose name holds a plus is a file.
+    (tmp_path / "a+b.jsonl").write_text("\n".join(map(json.dumps, prose(100))))
+    assert load_text(str(tmp_path / "a+b.jsonl"), tokenizer, block=32, split="train").note == ""
+
+
+def test_fewer_tokens_than_asked_for_are_given_with_a_note(tokenizer):
+    blocks = load_text(prose(60), tokenizer, block=32, tokens=10**6, split="eval")
+    assert len(blocks) >= 2
+    assert f"{10**6 // 32 * 32:,} tokens were asked for" in blocks.note
+    assert "asked for" in blocks._repr_html_()
+    one = next(each for each in prose(60) if split_of(each) == "eval")
+    n = len(tokenizer(one)["input_ids"])
+    with pytest.raises(TextError, match="two blocks"):
+        load_text([one], tokenizer, block=n, tokens=10 * n, split="eval")
+    assert len(load_text([one], tokenizer, block=n, split="eval")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(source="no/such/file.txt"), "no such file or folder"),
+        (dict(source="/no/such/folder"), "no such file or folder"),
+        (dict(source="wikipedia"), "There is no text source"),
+        (dict(source=[]), "is empty"),
+        (dict(source=["short"] * 5, split="train"), "empty|too short"),
+        (dict(source=[1, 2]), "must hold str"),
+        (dict(source=prose(9), split="test"), "choose one of calibration, train, eval"),
+        (dict(source=prose(9), block=1), "at least 2 tokens"),
+        (dict(source=prose(9), tokens=100), "do not fill one block of 256"),
+        (dict(source=prose(3), split="train", block=10_000), "too short: .* lower block"),
+        (dict(source="owner/name"), "say how many tokens"),
+    ],
+)
+def test_bad_arguments(arguments, message, tokenizer):
+    with pytest.raises(TextError, match=message):
+        load_text(arguments.pop("source"), tokenizer, **arguments)
+
+
+def test_bad_files(tmp_path, tokenizer):
+    def refused(name, content, message, **more):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TextError, match=message):
+            load_text(tmp_path / name, tokenizer, block=16, split="train", **more)
+
+    refused("empty.txt", b"", "is empty")
+    refused("blank.txt", b" \n\n \n", "is empty")
+    refused("short.md", b"Hello.", "too short|is empty")
+    refused("latin.txt", "é".encode("latin1") * 500, "not UTF-8")
+    refused("image.png", b"\x89PNG", "not a kind of text file")
+    refused("broken.jsonl", b'{"text": "a"}\n{"text": ', "not JSON lines")
+    refused("number.jsonl", b'{"text": "a"}\n{"text": 3}\n', "Line 2 .* holds int")
+    refused("cut.jsonl.gz", gzip.compress(b'"abc"\n' * 1000)[:-9], "not JSON lines")
+    refused("two.jsonl", b'{"q": "a", "r": "b"}', "text_column=.*q, r")
+    refused("column.jsonl", b'{"q": "a", "n": 1}', "no column 'x'; it has q, n", text_column="x")
+    refused("typed.jsonl", b'{"q": "a", "n": 1}', "does not hold text; these hold text: q", text_column="n")
+    refused("broken.parquet", b"PAR1 nothing of the kind", "cannot be read as parquet")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(TextError, match="holds no .txt"):
+        load_text(tmp_path / "folder", tokenizer)
+
+
+def test_unreadable_parquet_column(tmp_path, tokenizer):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    table = {"n": [1, 2], "lists": [["a"], ["b"]], "question": ["a", "b"], "answer": ["c", "d"]}
+    pq.write_table(pa.table(table), file)
+    for column, message in {
+        None: "these hold text: question, answer",
+        "text": "has no column 'text'; it has n, lists, question, answer",
+        "n": "'n' .* does not hold text",
+        "lists": "'lists' .* does not hold text",
+    }.items():
+        with pytest.raises(TextError, match=message):
+            load_text(file, tokenizer, text_column=column)
+    chosen = {
+        document
+        for split in SPLITS
+        for document in find_documents(file, split=split, text_column="answer").stream()
+    }
+    assert chosen == {"c", "d"}
+
+
+def test_missing_teacher_samples_say_so(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(documents, "data_dir", lambda: tmp_path)
+    with pytest.raises(TextError, match="not part of this copy"):
+        load_text("teacher-samples", tokenizer)
+    (tmp_path / "teacher_samples").mkdir()
+    (tmp_path / "teacher_samples" / "a.jsonl.gz").write_bytes(
+        gzip.compress("\n".join(json.dumps({"text": each}) for each in prose(60)).encode())
+    )
+    monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "cache"))
+    assert load_text("teacher-samples", tokenizer, block=32, split="train").source == "teacher-samples"
+
+
+def test_hub_rows_are_streamed_and_offline_says_what_to_do(cache, tokenizer, monkeypatch):
+    import datasets
+
+    texts = prose(400)
+    asked = []
+
+    def load_dataset(name, configuration, *, split, streaming):
+        asked.append((name, configuration, split, streaming))
+        return datasets.Dataset.from_dict({"id": range(400), "text": texts}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    blocks = load_text("owner/name:small", tokenizer, block=32, tokens=320, split="eval")
+    assert len(blocks) == 10 and asked == [("owner/name", "small", "train", True)]
+    decoded = tokenizer.decode(blocks.tokens[0].tolist())
+    assert any(each[:40] in decoded for each in texts)
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'owner/other' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(TextError, match="python-docs"):
+        load_text("owner/other", tokenizer, tokens=512)
+    # What was read once is in the cache, and needs no network.
+    assert (
+        load_text("owner/name:small", tokenizer, block=32, tokens=320, split="eval").fingerprint
+        == blocks.fingerprint
+    )
