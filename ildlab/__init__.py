@@ -21,8 +21,8 @@ _PUBLIC = {
     "LayerStack": "stack",
     "load_text": "text",
     "TextBlocks": "text",
-    "measure": "influence",
-    "LayerScores": "influence",
+    "measure": "scores",
+    "LayerScores": "scores",
     "DistillConfig": "distill",
     "PruningSession": "session",
 }
