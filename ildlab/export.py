@@ -47,14 +47,18 @@ class Verdict:
     text: str
 
     def __str__(self) -> str:
-        cache = "the same with and without the KV cache" if self.same_with_cache else "DIFFERENT with the KV cache"
+        cache = (
+            "the same with and without the KV cache"
+            if self.same_with_cache
+            else "DIFFERENT with the KV cache"
+        )
         return (
             f"{self.layers} layers; logits equal the student's to {self.logits_error:.1e} of the largest; "
             f"generation is {cache}"
         )
 
 
-def export(session: PruningSession, path: str | Path) -> Path:
+def export(session: PruningSession, path: str | Path) -> tuple[Path, Verdict]:
     """Write the session's student to a new folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Parameters
@@ -68,6 +72,8 @@ def export(session: PruningSession, path: str | Path) -> Path:
     Path
         The folder: safetensors, config, generation config, tokenizer, `README.md` (a model card) and
         `ildlab.json` (what was removed and measured).
+    Verdict
+        What the doctor found.
 
     Raises
     ------
@@ -90,7 +96,9 @@ def export(session: PruningSession, path: str | Path) -> Path:
             "fingerprint": session.journal.config["fingerprint"],
             "removed": session.removed,
             "layer_ids": session.student.layer_ids,
-            "steps": [step.__dict__ for step in session.path if step.action in ("remove", "distill", "evaluate")],
+            "steps": [
+                step.__dict__ for step in session.path if step.action in ("remove", "distill", "evaluate")
+            ],
         }
         (scratch / "ildlab.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         if target.exists():
@@ -103,7 +111,7 @@ def export(session: PruningSession, path: str | Path) -> Path:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return target, verdict
 
 
 def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teacher: str) -> None:
@@ -164,7 +172,9 @@ def examine(folder: str | Path, student: LayerStack, tokenizer) -> Verdict:
     with_cache = greedy(model, ids, use_cache=True)
     without = greedy(model, ids, use_cache=False)
     text = tokenizer.decode(with_cache[0, ids.shape[1] :], skip_special_tokens=True)
-    return Verdict(error, torch.equal(with_cache, without), model.config.get_text_config().num_hidden_layers, text)
+    return Verdict(
+        error, torch.equal(with_cache, without), model.config.get_text_config().num_hidden_layers, text
+    )
 
 
 @torch.no_grad()

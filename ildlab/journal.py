@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,6 +75,7 @@ class Journal:
     def __init__(self, folder: Path, config: dict[str, Any], lock):
         self.folder, self.config, self._lock = folder, config, lock
         self.steps: list[Step] = []
+        _OPEN[folder.resolve()] = self
 
     # ------------------------------------------------------- making, opening
 
@@ -113,6 +115,11 @@ class Journal:
         """
         folder = Path(folder).expanduser()
         config = _read_config(folder)
+        # Running a notebook's cell again must not lock its own kernel out: within one process the newer
+        # session takes over, and the older one says that it is closed.
+        held = _OPEN.get(folder.resolve())
+        if held is not None:
+            held.close()
         journal = cls(folder, config, _acquire(folder))
         try:
             journal._read()
@@ -195,7 +202,9 @@ class Journal:
             The disk is full or the folder cannot be written; the journal is as it was before.
         """
         if self._lock is None:
-            raise JournalError(f"The session on {self.folder} is closed: open it again with PruningSession.open.")
+            raise JournalError(
+                f"The session on {self.folder} is closed: open it again with PruningSession.open."
+            )
         number = len(self.steps)
         weights = None
         if tensors is not None:
@@ -257,6 +266,9 @@ class Journal:
                     f"Step {record.step} needs {path}, which cannot be read: {error}. Go back to a step before it."
                 ) from error
         return tensors
+
+
+_OPEN: weakref.WeakValueDictionary[Path, Journal] = weakref.WeakValueDictionary()
 
 
 def versions() -> dict[str, str]:

@@ -45,3 +45,36 @@ def blocks(teacher):
     from ildlab.text import load_text
 
     return load_text("python-docs", teacher.tokenizer, block=64, tokens=16 * 64, split="calibration")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Half a megabyte of Python's documentation in one .txt file, paragraphs apart."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "topics.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics))[:500_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny, text_file, tmp_path_factory):
+    """A checkpoint folder with a random 6-layer model and a byte-level tokenizer of 300 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([text_file.read_text()[:50_000]], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny(6, vocab=320, hidden=32).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,143 @@
+"""The loop of the method: measure, remove, distill, evaluate, until a stop rule holds.
+
+What comes next is told from the journal alone, so that a run that was killed, or steered by hand for a
+while, finds its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from .errors import SessionError
+from .progress import Progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .session import PruningSession
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """When the loop stops, and what it does on the way; see `PruningSession.run`."""
+
+    target_layers: int | None = None
+    max_loss: float | None = None
+    distill: bool = True
+    suite: str | None = None
+
+
+def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progress, None, pd.DataFrame]:
+    """Run the loop on a session; see `PruningSession.run`."""
+    settings, resuming = _checked(session, settings)
+    if resuming and session.steps[-1].action == "undo" and session.steps[-1].args["reason"] == "max_loss":
+        return session.history()
+    goal = settings.target_layers or 1
+    if not resuming:
+        session._append("run", args=asdict(settings))
+    whole = len(session.student) == len(session.teacher)
+    if whole and session._teacher_evaluation(settings.suite or session.config.suite) is None:
+        yield from _relabel(session.evaluate_steps(settings.suite), 0, 1, "evaluate the teacher")
+    total = len(session.student) - goal
+    while True:
+        left = len(session.student)
+        done = total - (left - goal)
+        phase = next_phase(session, settings.distill)
+        if phase == "measure" and left <= goal:
+            break
+        name = f"{left} layers: {phase}"
+        if phase == "measure":
+            yield from _relabel(session.measure_steps(), done, total, name)
+        elif phase == "remove":
+            layer_id = session.remove()
+            yield Progress(done, total, f"{left} layers: removed layer {layer_id}")
+        elif phase == "distill":
+            yield from _relabel(session.distill_steps(), done, total, name)
+        else:
+            # Speed is a matter of depth alone: measure it once an iteration.
+            speed = phase == "evaluate" or not settings.distill
+            work = session.evaluate_steps(settings.suite, speed=speed)
+            found = yield from _relabel(work, done, total, name)
+            yield Progress(
+                done, total, f"{left} layers: perplexity {found.perplexity:.2f}, KL {found.kl:.4f}"
+            )
+            if next_phase(session, settings.distill) == "measure" and _undo_if_over(
+                session, settings.max_loss
+            ):
+                yield Progress(done, total, f"quality loss is over {settings.max_loss}: step undone")
+                break
+    return session.history()
+
+
+def next_phase(session: PruningSession, distill: bool = True) -> str:
+    """What the loop does next with a session.
+
+    Returns
+    -------
+    str
+        `"measure"`, `"remove"`, `"evaluate removal"`, `"distill"` or `"evaluate"`.
+    """
+    actions: list[str] = []
+    for step in session.path:
+        if step.action in ("remove", "create"):
+            actions = [step.action]
+        elif step.action in ("measure", "heal", "distill", "evaluate"):
+            actions.append(step.action)
+    if actions[-1] == "measure":
+        return "remove"
+    # A measure after the removal says that a person went on without the rest of the iteration.
+    if actions[0] == "remove" and "measure" not in actions:
+        if "distill" in actions:
+            if "evaluate" not in actions[actions.index("distill") :]:
+                return "evaluate"
+        elif "evaluate" not in actions:
+            return "evaluate removal"
+        elif distill:
+            return "distill"
+    return "measure"
+
+
+def _checked(session: PruningSession, settings: RunSettings) -> tuple[RunSettings, bool]:
+    """Settle the settings, and tell whether they go on with the latest run. Nothing is changed."""
+    earlier = [RunSettings(**step.args) for step in session.steps if step.action == "run"]
+    if settings.target_layers is None and settings.max_loss is None:
+        if not earlier:
+            raise SessionError("Say when to stop: target_layers=..., max_loss=..., or both.")
+        settings = earlier[-1]
+    resuming = bool(earlier) and earlier[-1] == settings
+    now, goal, limit = len(session.student), settings.target_layers, settings.max_loss
+    if goal is not None and (goal < 1 or goal > now or (goal == now and not resuming)):
+        raise SessionError(
+            f"target_layers is {goal}: it must be at least 1 and less than today's {now} layers."
+        )
+    if limit is not None and not 0 < limit < 1:
+        raise SessionError(f"max_loss is {limit}: it is a share of the teacher's quality, between 0 and 1.")
+    return settings, resuming
+
+
+def _undo_if_over(session: PruningSession, limit: float | None) -> bool:
+    """Undo the iteration that took the quality loss over the limit; the last good student is kept."""
+    if limit is None or session.path[-1].result["loss"] <= limit:
+        return False
+    removal = [step for step in session.path if step.action == "remove"][-1]
+    before = session.journal.path_to(removal.parent)
+    good = [step for step in before if step.action not in ("measure", "run")][-1]
+    session.undo(good.step, reason="max_loss")
+    return True
+
+
+def _relabel(work, done: int, total: int, name: str):
+    """Pass a phase's progress on as part of the whole run's."""
+    return_value = None
+    try:
+        while True:
+            progress = next(work)
+            note = f"{name} {progress.done}/{progress.total} {progress.note}".strip()
+            yield Progress(done, total, note, progress.partial)
+    except StopIteration as stop:
+        return_value = stop.value
+    finally:
+        work.close()
+    return return_value

@@ -1,0 +1,754 @@
+"""`PruningSession`: the loop measure -> remove -> distill -> evaluate as journaled, undoable steps.
+
+Every action that takes long has a twin that is a generator of `Progress` (`measure_steps`, ...): the
+plain call drives it with a bar, the stepper from a worker thread. A step is journaled when it is
+whole; a process killed in the middle of one loses that step only, and distillation goes on from its
+last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .distill import DistillConfig, distill_steps
+from .errors import DistillError, JournalError, SessionError
+from .evaluate import Evaluation, evaluate_steps
+from .history import history_table, losses_table
+from .journal import CHANGES_STUDENT, Journal, Step
+from .loop import RunSettings, run_steps
+from .models import LoadedModel, load_model
+from .progress import Progress, drive
+from .scores import LayerScores, measure_steps
+from .stack import LayerStack
+from .text import TextBlocks, load_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """What a run is of. Kept in `config.json`; the same values give the same run.
+
+    Parameters
+    ----------
+    teacher : str
+        Name, folder, GGUF file or Hub id, as `load_model` takes it.
+    text : str
+        Text to calibrate and train on, as `load_text` takes it.
+    eval_text : str, optional
+        Text to judge on; by default the eval split of `text`.
+    block : int
+        Tokens in a block.
+    calibration_tokens, train_tokens, eval_tokens : int
+        Tokens to measure on, to distill on after each removal, and to evaluate on.
+    metric : str
+        Importance metric of `measure`.
+    measure : dict
+        Further arguments of `measure`, such as `{"race": True, "positions": 64}`.
+    distill : dict
+        Fields of `DistillConfig` that differ from its defaults.
+    suite : str, optional
+        Suite whose aggregate decides; without one, perplexity does.
+    seed : int
+    weights_dtype : str
+        dtype of stored and exported weights. Trained weights are rounded to it when a distillation
+        ends, so that the student in memory is the one on disk.
+    """
+
+    teacher: str
+    text: str = "python-docs"
+    eval_text: str | None = None
+    block: int = 256
+    calibration_tokens: int = 8192
+    train_tokens: int = 65536
+    eval_tokens: int = 8192
+    metric: str = "kl"
+    measure: dict[str, Any] = field(default_factory=dict)
+    distill: dict[str, Any] = field(default_factory=dict)
+    suite: str | None = None
+    seed: int = 0
+    weights_dtype: str = "bfloat16"
+
+
+class PruningSession:
+    """One run: a frozen teacher, the student it is pruned to, and the journal of how.
+
+    Make one with `create` or `open`. Attributes: `teacher` and `student` (`LayerStack`), `tokenizer`,
+    `config` (`SessionConfig`), `folder`, `scores` (the latest `LayerScores` of today's student, or None).
+    """
+
+    def __init__(self, journal: Journal, loaded: LoadedModel):
+        self.journal = journal
+        self.folder = journal.folder
+        known = {
+            k: v for k, v in journal.config["settings"].items() if k in SessionConfig.__dataclass_fields__
+        }
+        self.config = SessionConfig(**known)
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        self.teacher = LayerStack(loaded.model)
+        self._text: dict[str, TextBlocks] = {}
+        self.student = self.teacher.share()
+
+    # ------------------------------------------------------- making, opening
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        teacher: str | LoadedModel = "smollm2-135m",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        **settings: Any,
+    ) -> PruningSession:
+        """Start a run in a new folder.
+
+        Parameters
+        ----------
+        folder : path
+            New or empty.
+        teacher : str or LoadedModel
+        dtype, device : str
+            As in `load_model`.
+        **settings
+            Fields of `SessionConfig`. `distill` may be a `DistillConfig`.
+
+        Raises
+        ------
+        SessionError, ModelError, TextError, JournalError
+            Before anything is written, where an argument is wrong.
+        """
+        unknown = set(settings) - set(SessionConfig.__dataclass_fields__)
+        if unknown:
+            raise SessionError(
+                f"Unknown setting {sorted(unknown)}. A session has: {sorted(SessionConfig.__dataclass_fields__)}."
+            )
+        if isinstance(settings.get("distill"), DistillConfig):
+            settings["distill"] = settings["distill"].to_dict()
+        loaded = (
+            teacher if isinstance(teacher, LoadedModel) else load_model(teacher, dtype=dtype, device=device)
+        )
+        config = SessionConfig(teacher=loaded.name, **settings)
+        DistillConfig.from_dict(config.distill)  # refuse wrong settings now, not after the first removal
+        _check_tokens(config)
+        stack = LayerStack(loaded.model)
+        load_text(
+            config.text,
+            loaded.tokenizer,
+            block=config.block,
+            tokens=config.calibration_tokens,
+            seed=config.seed,
+        )
+        journal = Journal.create(
+            folder,
+            {
+                "ildlab_run": 1,
+                "teacher": loaded.name,
+                "fingerprint": fingerprint(stack),
+                "layers": len(stack),
+                "settings": asdict(config),
+            },
+        )
+        journal.append("create", layer_ids=stack.layer_ids, args={"teacher": loaded.name}, seed=config.seed)
+        return cls(journal, loaded)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        teacher: str | LoadedModel | None = None,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+    ) -> PruningSession:
+        """Go on with a run, at the step where it stood.
+
+        Parameters
+        ----------
+        folder : path
+        teacher : str or LoadedModel, optional
+            Where the teacher is now, if not under the name that the run was made with.
+
+        Raises
+        ------
+        JournalError
+            No run there, another session has it open, or it is another teacher's.
+        """
+        journal = Journal.open(folder)
+        try:
+            name = teacher or journal.config["teacher"]
+            loaded = name if isinstance(name, LoadedModel) else load_model(name, dtype=dtype, device=device)
+            if not journal.steps:  # killed between config.json and the first line
+                stack = LayerStack(loaded.model)
+                journal.append("create", layer_ids=stack.layer_ids, args={"teacher": loaded.name})
+            session = cls(journal, loaded)
+            found = fingerprint(session.teacher)
+            if found != journal.config["fingerprint"]:
+                raise JournalError(
+                    f"{folder} holds a run of another teacher ({journal.config['teacher']!r}, fingerprint "
+                    f"{journal.config['fingerprint'][:12]}) than {loaded.name!r} ({found[:12]}). "
+                    "Open it with that teacher, or start a run in another folder."
+                )
+            session.student = session.student_at(journal.head.step)
+        except BaseException:
+            journal.close()
+            raise
+        return session
+
+    def close(self) -> None:
+        """Let go of the run folder, so that another session may open it."""
+        self.journal.close()
+
+    def __enter__(self) -> PruningSession:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- looking
+
+    @property
+    def steps(self) -> list[Step]:
+        """Every step of the journal, those that were undone included."""
+        return self.journal.steps
+
+    @property
+    def path(self) -> list[Step]:
+        """The steps that led to today's student."""
+        return self.journal.path_to(self.journal.head.step)
+
+    @property
+    def removed(self) -> list[int]:
+        """Layer ids removed so far, in order."""
+        return [step.args["layer_id"] for step in self.path if step.action == "remove"]
+
+    @property
+    def scores(self) -> LayerScores | None:
+        """Latest scores of today's student; None where it changed since it was measured."""
+        for step in reversed(self.path):
+            if step.action == "measure":
+                return LayerScores.from_dict(step.result["scores"])
+            if step.action in CHANGES_STUDENT:
+                return None
+        return None
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """Latest evaluation of today's student; None where it changed since."""
+        for step in reversed(self.path):
+            if step.action == "evaluate":
+                return Evaluation.from_dict(step.result["evaluation"])
+            if step.action in CHANGES_STUDENT:
+                return None
+        return None
+
+    def text(self, split: str) -> TextBlocks:
+        """The run's text blocks of a split: `"calibration"`, `"train"` or `"eval"`."""
+        if split not in self._text:
+            tokens = getattr(self.config, f"{split}_tokens")
+            source = (self.config.eval_text or self.config.text) if split == "eval" else self.config.text
+            self._text[split] = load_text(
+                source,
+                self.tokenizer,
+                block=self.config.block,
+                tokens=tokens,
+                split=split,
+                seed=self.config.seed,
+            )
+        return self._text[split]
+
+    def student_at(self, step: int) -> LayerStack:
+        """The student as it was at a step; it shares with the teacher every weight that did not change."""
+        record = self.journal.path_to(step)[-1]
+        student = self.teacher.share()
+        for layer_id in self.teacher.layer_ids:
+            if layer_id not in record.layer_ids:
+                student.remove(layer_id)
+        tensors = self.journal.tensors_at(step)
+        changed = sorted({int(name.split(".")[1]) for name in tensors} & set(record.layer_ids))
+        student.own(changed)
+        for layer_id in changed:
+            layer = student.layers[student.position(layer_id)]
+            with torch.no_grad():
+                for name, parameter in layer.named_parameters():
+                    parameter.copy_(tensors[f"layer.{layer_id}.{name}"])
+        return student
+
+    def losses(self) -> pd.DataFrame:
+        """Losses of every distillation so far, end to end; see `ildlab.history.losses_table`."""
+        return losses_table(self)
+
+    def scores_at(self, step: int) -> LayerScores:
+        """The scores that a `measure` step found."""
+        record = self.journal.path_to(step)[-1]
+        if record.action != "measure":
+            raise SessionError(f"Step {step} is a {record.action}, not a measure: it has no scores.")
+        return LayerScores.from_dict(record.result["scores"])
+
+    def generate(self, prompt: str, *, who: str = "student", tokens: int = 40) -> str:
+        """Greedy continuation of a prompt by today's `"student"` or by the `"teacher"`, prompt included."""
+        from .export import greedy
+
+        stack = self.teacher if who == "teacher" else self.student
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        if ids.shape[1] == 0:
+            raise SessionError("The prompt is empty: give it at least one word.")
+        return self.tokenizer.decode(greedy(stack.model, ids.to(stack.device), tokens=tokens)[0])
+
+    def __repr__(self) -> str:
+        return (
+            f"PruningSession({str(self.folder)!r}, teacher {self.config.teacher!r}, "
+            f"{len(self.student)} of {len(self.teacher)} layers, step {self.journal.head.step})"
+        )
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        table = self.history().to_html(index=False, float_format=lambda v: f"{v:.4g}", na_rep="", border=0)
+        return f"<code>{escape(repr(self))}</code>{self.student._repr_html_()}{table}"
+
+    def history(self) -> pd.DataFrame:
+        """One row an iteration, the teacher first; see `ildlab.history.history_table`."""
+        return history_table(self)
+
+    # ---------------------------------------------------------------- acting
+
+    def measure_steps(
+        self, metric: str | None = None, **options: Any
+    ) -> Generator[Progress, None, LayerScores]:
+        """Score today's layers; see `measure`."""
+        metric = metric or self.config.metric
+        options = {**self.config.measure, **options}
+        seed = options.pop("seed", self._seed())
+        started = time.perf_counter()
+        scores = yield from measure_steps(
+            self.student, self.text("calibration"), metric, self.teacher, seed=seed, **options
+        )
+        self._append(
+            "measure",
+            args={"metric": metric, **options},
+            result={"scores": scores.to_dict()},
+            seed=seed,
+            seconds=time.perf_counter() - started,
+        )
+        return scores
+
+    def measure(self, metric: str | None = None, *, show: bool | None = None, **options: Any) -> LayerScores:
+        """Score today's layers on the calibration text, and journal the scores.
+
+        Parameters
+        ----------
+        metric : str, optional
+            By default the run's.
+        **options
+            As in `ildlab.measure`: `race`, `positions`, `batch_size`, `seed`, ...
+        """
+        return drive(self.measure_steps(metric, **options), desc="measure", show=show)
+
+    def remove(self, layer_id: int | None = None) -> int:
+        """Remove a layer from the student, by default the least important one by the latest scores.
+
+        Returns
+        -------
+        int
+            The layer id removed.
+
+        Raises
+        ------
+        SessionError
+            The layer is gone already, is the last one, or none was named and nothing was measured.
+        """
+        scores = self.scores
+        if layer_id is None:
+            if scores is None:
+                raise SessionError(
+                    "The student changed since it was last measured: measure() first, or say which layer_id to remove."
+                )
+            layer_id = int(scores.least_important)
+        self.student.position(layer_id)
+        if len(self.student) == 1:
+            raise SessionError("The student has one layer left; it cannot be removed.")
+        score = None
+        if scores is not None and layer_id in scores.table.index:
+            score = float(scores.table.loc[layer_id, "score"])
+        left = [i for i in self.student.layer_ids if i != layer_id]
+        # The journal first: if it cannot be written, the student has not changed either.
+        self.journal.append(
+            "remove",
+            layer_ids=left,
+            args={"layer_id": layer_id, "score": score, "metric": scores.metric if scores else None},
+            seed=self._seed(),
+        )
+        self.student.remove(layer_id)
+        return layer_id
+
+    def distill_steps(
+        self, config: DistillConfig | None = None, **changes: Any
+    ) -> Generator[Progress, None, Any]:
+        """Distill the student; see `distill`. Closing it keeps what was trained so far, as a step."""
+        config = config or DistillConfig.from_dict(self.config.distill)
+        if changes:
+            config = DistillConfig.from_dict({**config.to_dict(), **changes})
+        gap = self._gap()
+        number = len(self.steps)
+        seed = self._seed()
+        config = replace(config, seed=seed)
+        checkpoint = self.folder / "checkpoint"
+        _forget_other_checkpoint(checkpoint, self.journal.head.step, config)
+        metrics = self.folder / "metrics" / f"{number:03d}.jsonl"
+        started = time.perf_counter()
+        work = distill_steps(
+            self.student,
+            self.teacher,
+            self.text("train"),
+            config,
+            gap=gap,
+            checkpoint=checkpoint / "state",
+            metrics_path=metrics,
+        )
+        last: Progress | None = None
+        try:
+            while True:
+                try:
+                    last = next(work)
+                except StopIteration as stop:
+                    result = stop.value
+                    break
+                yield last
+        except GeneratorExit:
+            work.close()
+            if last is not None and last.done > 0:
+                trained = _own_layers(self.student, self.teacher)
+                self._commit_distill(trained, config, gap, {"stopped_at": last.done}, seed, started)
+            raise
+        except BaseException:
+            # Whatever went wrong, today's student is again the one of the journal.
+            work.close()
+            self.student = self.student_at(self.journal.head.step)
+            raise
+        summary = {"tokens": result.tokens, "last": _plain(result.history.iloc[-1].to_dict())}
+        self._commit_distill(result.trained, config, gap, summary, seed, started)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return result
+
+    def distill(self, config: DistillConfig | None = None, *, show: bool | None = None, **changes: Any):
+        """Distill the student from the teacher on the train text, and journal the changed weights.
+
+        Parameters
+        ----------
+        config : DistillConfig, optional
+            By default the run's.
+        **changes
+            Fields of it to change for this step.
+
+        Returns
+        -------
+        DistillResult
+
+        Raises
+        ------
+        DistillError
+            The loss stopped being finite; the student is again as it was before the step.
+        """
+        return drive(self.distill_steps(config, **changes), desc="distill", show=show)
+
+    def evaluate_steps(
+        self, suite: str | None = None, **options: Any
+    ) -> Generator[Progress, None, Evaluation]:
+        """Evaluate today's student; see `evaluate`."""
+        suite = suite or self.config.suite
+        blocks = self.text("eval")
+        started = time.perf_counter()
+        teacher = self._teacher_evaluation(suite)
+        found = yield from evaluate_steps(
+            self.student,
+            self.teacher,
+            blocks,
+            tokenizer=self.tokenizer,
+            suite=suite,
+            teacher_record=teacher.teacher_record() if teacher else None,
+            cache=self.folder / "suites",
+            **options,
+        )
+        undistilled = None
+        if _own_layers(self.student, self.teacher):
+            # What the same removals cost without any distillation: the other curve of the paper's figure.
+            bare = self.teacher.share()
+            for layer_id in self.removed:
+                bare.remove(layer_id)
+            plain = yield from evaluate_steps(bare, self.teacher, blocks, speed=False)
+            undistilled = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
+        self._append(
+            "evaluate",
+            args={"suite": suite},
+            result=_plain(
+                {
+                    "evaluation": found.to_dict(),
+                    "undistilled": undistilled,
+                    "loss": quality_loss(found),
+                    "aggregate": found.aggregate,
+                }
+            ),
+            seconds=time.perf_counter() - started,
+        )
+        return found
+
+    def evaluate(self, suite: str | None = None, *, show: bool | None = None, **options: Any) -> Evaluation:
+        """Judge today's student against the teacher on the eval text (and a suite), and journal it."""
+        return drive(self.evaluate_steps(suite, **options), desc="evaluate", show=show)
+
+    def undo(self, to: int | None = None, *, reason: str = "") -> Step:
+        """Go back: by default to before the latest change of the student. Nothing is deleted.
+
+        Parameters
+        ----------
+        to : int, optional
+            Step to go to; it may also be one that was undone before, to take it again.
+
+        Returns
+        -------
+        Step
+            The step at which the student now stands.
+        """
+        if to is None:
+            changes = [step for step in self.path if step.action in CHANGES_STUDENT]
+            if not changes:
+                raise SessionError("There is nothing to undo: the student is still the teacher.")
+            to = changes[-1].parent
+        if not 0 <= to < len(self.steps):
+            raise SessionError(f"There is no step {to}: the journal has steps 0 to {len(self.steps) - 1}.")
+        if self.steps[to].action == "undo":
+            raise SessionError(
+                f"Step {to} is itself an undo: go to step {self.steps[to].args['to']} instead."
+            )
+        student = self.student_at(to)
+        self.journal.append("undo", layer_ids=student.layer_ids, args={"to": to, "reason": reason})
+        self.student = student
+        return self.journal.head
+
+    def branch(self, folder: str | Path, step: int | None = None) -> PruningSession:
+        """A second run that shares this one's past up to a step, in a folder of its own."""
+        step = self.journal.head.step if step is None else step
+        chain = self.journal.path_to(step)
+        other = Journal.create(folder, {**self.journal.config, "branched_from": [str(self.folder), step]})
+        for number, record in enumerate(chain):
+            tensors = None
+            if record.weights is not None:
+                from safetensors.torch import load_file
+
+                tensors = load_file(self.folder / "weights" / record.weights)
+            other.append(
+                record.action,
+                layer_ids=record.layer_ids,
+                args=record.args,
+                result=record.result,
+                tensors=tensors,
+                seed=record.seed,
+                seconds=record.seconds,
+            )
+            assert other.steps[-1].step == number
+        session = PruningSession(other, self.loaded)
+        session.student = session.student_at(other.head.step)
+        return session
+
+    def export(self, path: str | Path) -> Path:
+        """Write today's student as a plain Hugging Face checkpoint, and prove it by loading it again."""
+        from .export import export
+
+        started = time.perf_counter()
+        where, verdict = export(self, path)
+        self._append(
+            "export",
+            args={"path": str(path)},
+            result={"verdict": str(verdict), **asdict(verdict)},
+            seconds=time.perf_counter() - started,
+        )
+        return where
+
+    # ---------------------------------------------------------------- the loop
+
+    def run_steps(
+        self,
+        target_layers: int | None = None,
+        max_loss: float | None = None,
+        *,
+        distill: bool = True,
+        suite: str | None = None,
+    ) -> Generator[Progress, None, pd.DataFrame]:
+        """Run the loop; see `run`."""
+        return run_steps(self, RunSettings(target_layers, max_loss, distill, suite))
+
+    def run(
+        self,
+        target_layers: int | None = None,
+        max_loss: float | None = None,
+        *,
+        distill: bool = True,
+        suite: str | None = None,
+        show: bool | None = None,
+    ) -> pd.DataFrame:
+        """The whole method: measure, remove, distill, evaluate, until one of the paper's stop rules holds.
+
+        Parameters
+        ----------
+        target_layers : int, optional
+            Stop when the student has this many layers.
+        max_loss : float, optional
+            Stop when the quality loss passes this (0 .. 1): the step that did is undone, and the last
+            good student kept. With a suite: 1 - aggregate of the student / that of the teacher; without:
+            1 - perplexity of the teacher / that of the student.
+        distill : bool
+            False for pruning alone, the paper's baseline.
+        suite : str, optional
+            By default the run's.
+
+        Called with neither on a run that was interrupted, it goes on with the earlier settings.
+
+        Returns
+        -------
+        DataFrame
+            `history()`.
+        """
+        work = self.run_steps(target_layers, max_loss, distill=distill, suite=suite)
+        return drive(work, desc="run", show=show)
+
+    # --------------------------------------------------------------- insides
+
+    def _seed(self) -> int:
+        # A function of the place in the run alone, so that a resumed run draws what an unbroken one draws.
+        return self.config.seed + 1000 * len(self.removed)
+
+    def _gap(self) -> list[int]:
+        """Layers removed since the student was last distilled: where it has to heal."""
+        gap: list[int] = []
+        for step in self.path:
+            if step.action == "distill":
+                gap = []
+            elif step.action == "remove":
+                gap.append(step.args["layer_id"])
+        gap = gap or self.removed[-1:]
+        if not gap:
+            raise SessionError(
+                "Nothing was removed yet: the student is the teacher, and has nothing to learn from it."
+            )
+        return gap
+
+    def _append(self, action: str, **fields: Any) -> Step:
+        return self.journal.append(action, layer_ids=self.student.layer_ids, **fields)
+
+    def _commit_distill(self, trained, config, gap, summary, seed, started) -> None:
+        dtype = getattr(torch, self.config.weights_dtype)
+        tensors = {}
+        for layer_id in trained:
+            layer = self.student.layers[self.student.position(layer_id)]
+            with torch.no_grad():
+                for name, parameter in layer.named_parameters():
+                    stored = parameter.to(dtype)
+                    parameter.copy_(stored)
+                    tensors[f"layer.{layer_id}.{name}"] = stored
+        try:
+            self._append(
+                "distill",
+                args={"config": config.to_dict(), "gap": gap, "trained": list(trained)},
+                result=summary,
+                tensors=tensors,
+                seed=seed,
+                seconds=time.perf_counter() - started,
+            )
+        except JournalError:
+            self.student = self.student_at(self.journal.head.step)
+            raise
+
+    def _teacher_evaluation(self, suite: str | None) -> Evaluation | None:
+        for step in self.steps:
+            if (
+                step.action == "evaluate"
+                and step.args["suite"] == suite
+                and len(step.layer_ids) == len(self.teacher)
+            ):
+                return Evaluation.from_dict(step.result["evaluation"])
+        return None
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def fingerprint(stack: LayerStack) -> str:
+    """sha256 of a model's tensor names, shapes and a sample of its values; the same in bf16 and fp32."""
+    digest = hashlib.sha256()
+    for name, tensor in stack.model.named_parameters():
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).float()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quality_loss(found: Evaluation) -> float:
+    """The share of quality lost that `max_loss` limits.
+
+    With a suite, 1 - aggregate of the student / aggregate of the teacher (arXiv 2511.05085); without,
+    1 - perplexity of the teacher / perplexity of the student.
+    """
+    if found.suite is not None:
+        return found.quality_loss
+    return 1 - found.teacher_perplexity / found.perplexity
+
+
+def _check_tokens(config: SessionConfig) -> None:
+    for name in ("calibration_tokens", "train_tokens", "eval_tokens"):
+        if getattr(config, name) < 2 * config.block:
+            raise SessionError(
+                f"{name} is {getattr(config, name)}: give at least two blocks, {2 * config.block} tokens."
+            )
+    if not isinstance(getattr(torch, config.weights_dtype, None), torch.dtype):
+        raise SessionError(
+            f"weights_dtype {config.weights_dtype!r} is not a dtype: use 'bfloat16' or 'float32'."
+        )
+
+
+def _own_layers(student: LayerStack, teacher: LayerStack) -> list[int]:
+    """Layer ids whose weights are no longer the teacher's."""
+    own = []
+    for layer_id, layer in zip(student.layer_ids, student.layers, strict=True):
+        mine = next(layer.parameters())
+        if mine.data_ptr() != next(teacher.layers[teacher.position(layer_id)].parameters()).data_ptr():
+            own.append(layer_id)
+    return own
+
+
+def _forget_other_checkpoint(folder: Path, step: int, config: DistillConfig) -> None:
+    """Keep the checkpoint of an interrupted distillation only if it is of this very step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = json.dumps({"after_step": step, "config": config.to_dict()}, sort_keys=True)
+    of = folder / "of.json"
+    if not of.is_file() or of.read_text() != wanted:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        of.write_text(wanted)
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able copy: numpy and torch scalars become Python's; a NaN is an error, not a value."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and value != value:
+        raise DistillError(
+            "A recorded value is NaN: it would hide a failure. Look at the step's metrics file."
+        )
+    return value

@@ -1,0 +1,361 @@
+"""The loop as journaled steps: resume, undo, branch, stop rules, refusals; on a tiny model, then the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from ildlab.errors import ExportError, JournalError, SessionError, TextError
+from ildlab.history import history_table
+from ildlab.loop import next_phase
+from ildlab.session import PruningSession, SessionConfig
+
+SETTINGS = {
+    "block": 32,
+    "calibration_tokens": 8 * 32,
+    "train_tokens": 32 * 32,
+    "eval_tokens": 8 * 32,
+    "metric": "kl",
+    "distill": {"learning_rate": 1e-3},
+}
+
+
+@pytest.fixture
+def make(tmp_path, tiny_folder, text_file):
+    sessions = []
+
+    def create(name="run", **changes):
+        settings = {"text": str(text_file), **SETTINGS, **changes}
+        sessions.append(PruningSession.create(tmp_path / name, str(tiny_folder), dtype="float32", **settings))
+        return sessions[-1]
+
+    yield create
+    for session in sessions:
+        session.close()
+
+
+def logits(stack, tokenizer):
+    ids = tokenizer("def f(x): return", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return stack.model(ids, use_cache=False).logits
+
+
+def same(one, other) -> bool:
+    return torch.equal(logits(one.student, one.tokenizer), logits(other.student, other.tokenizer))
+
+
+def test_whole_run(make):
+    session = make()
+    teacher = logits(session.teacher, session.tokenizer)
+    table = session.run(target_layers=4)
+    assert len(session.student) == 4 and len(session.removed) == 2
+    assert [s.action for s in session.steps] == ["create", "run", "evaluate"] + 2 * [
+        "measure", "remove", "evaluate", "distill", "evaluate",
+    ]  # fmt: skip
+    assert list(table["n_removed"]) == [0, 1, 2]
+    assert table["kl"].iloc[0] == pytest.approx(0, abs=1e-6)
+    assert (table["kl"].iloc[1:] > 0).all()
+    assert table["perplexity_undistilled"].iloc[1:].notna().all()
+    # Distillation, not the removal, is what the teacher's weights must survive.
+    assert torch.equal(logits(session.teacher, session.tokenizer), teacher)
+    # The removed layer was the least important one by the journal's own scores.
+    for step in session.steps:
+        if step.action == "remove":
+            scores = session.scores_at(step.parent)
+            assert step.args["layer_id"] == scores.table["score"].idxmin()
+    losses = session.losses()
+    assert losses["iteration"].unique().tolist() == [1, 2]
+    assert losses["step"].is_monotonic_increasing
+
+
+def test_reopen_gives_the_same_student(make):
+    session = make()
+    session.run(target_layers=5)
+    before = logits(session.student, session.tokenizer)
+    session.close()
+    again = PruningSession.open(session.folder, dtype="float32")
+    assert torch.equal(logits(again.student, again.tokenizer), before)
+    assert again.removed == session.removed
+    pd.testing.assert_frame_equal(again.history(), history_table(again))
+    again.close()
+
+
+def test_undo_and_redo_by_step(make):
+    session = make()
+    whole = logits(session.student, session.tokenizer)
+    session.remove(2)
+    session.distill()
+    trained = logits(session.student, session.tokenizer)
+    distilled_at = session.journal.head.step
+    session.undo()
+    assert session.removed == [2]
+    pruned = logits(session.student, session.tokenizer)
+    assert not torch.equal(pruned, trained)
+    session.undo()
+    assert session.removed == []
+    assert torch.equal(logits(session.student, session.tokenizer), whole)
+    with pytest.raises(SessionError, match="nothing to undo"):
+        session.undo()
+    session.undo(to=distilled_at)
+    assert torch.equal(logits(session.student, session.tokenizer), trained)
+    session.remove(4)
+    assert session.removed == [2, 4]
+    # Nothing was ever deleted.
+    assert sum(step.action == "distill" for step in session.steps) == 1
+    with pytest.raises(SessionError, match="itself an undo"):
+        session.undo(to=next(s.step for s in session.steps if s.action == "undo"))
+
+
+def test_branch_has_a_life_of_its_own(make, tmp_path):
+    session = make()
+    session.remove(1)
+    session.distill()
+    branch = session.branch(tmp_path / "branch")
+    assert same(session, branch)
+    branch.remove(3)
+    session.remove(4)
+    assert (branch.removed, session.removed) == ([1, 3], [1, 4])
+    branch.close()
+
+
+def test_max_loss_undoes_the_step(make):
+    session = make()
+    session.run(target_layers=2, max_loss=0.0001, distill=False)
+    # A random model without a layer is surely another model.
+    assert session.removed == [] and len(session.student) == 6
+    assert session.steps[-1].action == "undo" and session.steps[-1].args["reason"] == "max_loss"
+    count = len(session.steps)
+    session.run(target_layers=2, max_loss=0.0001, distill=False)
+    assert len(session.steps) == count
+
+
+def test_phases_follow_what_a_person_did(make):
+    session = make()
+    assert next_phase(session) == "measure"
+    session.measure()
+    assert next_phase(session) == "remove"
+    session.remove()
+    assert next_phase(session) == "evaluate removal"
+    session.distill()
+    assert next_phase(session) == "evaluate"
+    session.evaluate()
+    assert next_phase(session) == "measure"
+
+
+def test_stopping_keeps_what_was_trained(make):
+    session = make()
+    session.remove(2)
+    pruned = logits(session.student, session.tokenizer)
+    work = session.distill_steps()
+    for _ in range(3):
+        next(work)
+    work.close()
+    step = session.journal.head
+    assert step.action == "distill" and step.result["stopped_at"] == 3
+    assert not torch.equal(logits(session.student, session.tokenizer), pruned)
+    assert not any(p.requires_grad for p in session.student.model.parameters())
+    assert torch.equal(
+        logits(session.student_at(step.step), session.tokenizer), logits(session.student, session.tokenizer)
+    )
+
+
+def test_closing_a_measure_leaves_everything(make):
+    session = make()
+    work = session.measure_steps()
+    next(work)
+    work.close()
+    assert len(session.steps) == 1 and session.scores is None and len(session.student) == 6
+
+
+def test_nan_loss_leaves_the_last_good_student(make, monkeypatch):
+    from ildlab.errors import DistillError
+
+    session = make()
+    session.remove(2)
+    before = logits(session.student, session.tokenizer)
+    with pytest.raises(DistillError):
+        session.distill(learning_rate=1e30, clip=None, warmup=0.0)
+    assert torch.equal(logits(session.student, session.tokenizer), before)
+    assert session.journal.head.action == "remove"
+    session.distill()
+
+
+def test_refusals_change_nothing(make, tmp_path, tiny_folder, text_file):
+    session = make()
+    with pytest.raises(SessionError, match="measure"):
+        session.remove()
+    with pytest.raises(SessionError, match="Layer 9 is not in the student"):
+        session.remove(9)
+    session.remove(0)
+    with pytest.raises(SessionError, match="was removed"):
+        session.remove(0)
+    for goal in (0, 5, 6, -1):
+        with pytest.raises(SessionError, match="target_layers"):
+            session.run(target_layers=goal)
+    with pytest.raises(SessionError, match="max_loss"):
+        session.run(max_loss=1.5)
+    with pytest.raises(SessionError, match="when to stop"):
+        session.run()
+    with pytest.raises(SessionError, match="no step 99"):
+        session.undo(to=99)
+    assert [s.action for s in session.steps] == ["create", "remove"]
+
+    def create(**changes):
+        settings = {"text": str(text_file), **SETTINGS, **changes}
+        return PruningSession.create(tmp_path / "other", str(tiny_folder), **settings)
+
+    with pytest.raises(SessionError, match="Unknown setting"):
+        create(layers=3)
+    with pytest.raises(SessionError, match="at least two blocks"):
+        create(train_tokens=10)
+    with pytest.raises(TextError):
+        create(text=str(tmp_path / "nowhere.txt"))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(JournalError, match="already holds a run"):
+        make()
+
+
+def test_nothing_to_distill_before_a_removal(make):
+    session = make()
+    with pytest.raises(SessionError, match="Nothing was removed"):
+        session.distill()
+
+
+def test_another_teacher_is_refused(make, tiny, tiny_folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    session = make()
+    session.close()
+    other = tmp_path / "other-teacher"
+    tiny(6, vocab=320, hidden=32, seed=1).save_pretrained(other)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(other)
+    with pytest.raises(JournalError, match="another teacher"):
+        PruningSession.open(session.folder, str(other))
+    PruningSession.open(session.folder).close()
+
+
+def test_export_is_a_plain_checkpoint(make, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    session = make()
+    session.run(target_layers=4)
+    path = session.export(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert model.config.num_hidden_layers == 4
+    ids = session.tokenizer("import os", return_tensors="pt").input_ids
+    want = session.student.model(ids, use_cache=False).logits
+    assert torch.allclose(model(ids, use_cache=False).logits, want, atol=1e-5)
+    assert "Removed, in order" in (path / "README.md").read_text()
+    assert json.loads((path / "ildlab.json").read_text())["removed"] == session.removed
+    assert session.steps[-1].result["verdict"].startswith("4 layers")
+    # An exported student may itself be a teacher, and remembers its layer ids.
+    from ildlab.models import load_model
+    from ildlab.stack import LayerStack
+
+    assert LayerStack(load_model(path).model).layer_ids == session.student.layer_ids
+    with pytest.raises(ExportError, match="not an empty folder"):
+        session.export(path)
+
+
+def test_export_refuses_a_checkpoint_that_is_not_the_student(make, tmp_path, monkeypatch):
+    from ildlab import export
+
+    session = make()
+    session.remove(2)
+    plain = export.save
+
+    def forgetful(stack, tokenizer, folder, dtype, **kwargs):
+        plain(stack, tokenizer, folder, dtype, **kwargs)
+        config = json.loads((folder / "config.json").read_text())
+        config["num_hidden_layers"] += 1
+        (folder / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(export, "save", forgetful)
+    with pytest.raises(ExportError, match="missing_keys"):
+        session.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
+
+
+WORKER = """
+import sys
+from ildlab.session import PruningSession
+folder = sys.argv[1]
+session = PruningSession.open(folder, dtype="float32")
+for progress in session.run_steps(target_layers=4):
+    print(progress.note, flush=True)
+print("END", flush=True)
+"""
+
+
+@pytest.mark.parametrize("phase", ["measure", "evaluate removal", "distill", "evaluate"])
+def test_sigkill_in_each_phase(make, phase):
+    """A killed process loses the step in hand; the run ends as an unbroken one does."""
+    session = make("unbroken")
+    session.run(target_layers=4)
+    victim = make("victim")
+    victim.close()
+
+    command = [sys.executable, "-c", WORKER, str(victim.folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seen = 0
+    for line in process.stdout:
+        # The second iteration: there is something to lose by then.
+        seen += f"5 layers: {phase}" in line
+        if seen == (3 if phase == "distill" else 1):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    steps = len((victim.folder / "journal.jsonl").read_text().splitlines())
+
+    again = PruningSession.open(victim.folder, dtype="float32")
+    assert len(again.steps) == steps  # every whole step is there
+    again.run()  # goes on with the earlier settings
+    assert again.removed == session.removed
+    again.close()
+
+
+def test_settings_survive(make):
+    session = make(seed=7, metric="block_influence", measure={}, suite=None)
+    assert isinstance(session.config, SessionConfig)
+    session.close()
+    again = PruningSession.open(session.folder)
+    assert again.config == session.config
+    again.close()
+
+
+def test_real_model_one_iteration(teacher, tmp_path):
+    """SmolLM2: a removal hurts, distillation on a few tokens helps, undo brings back the bits."""
+    start = time.perf_counter()
+    session = PruningSession.create(
+        tmp_path / "run",
+        teacher,
+        block=64,
+        calibration_tokens=8 * 64,
+        train_tokens=64 * 64,
+        eval_tokens=16 * 64,
+        metric="block_influence",
+    )
+    session.measure()
+    session.remove()
+    pruned = session.evaluate(speed=False)
+    session.distill()
+    healed = session.evaluate(speed=False)
+    assert pruned.kl > 0.01
+    assert healed.kl < pruned.kl
+    ids = session.tokenizer("The sun", return_tensors="pt").input_ids
+    with torch.no_grad():
+        want = teacher.model(ids).logits
+        session.undo(to=0)
+        assert torch.equal(session.student.model(ids).logits, want)
+    session.close()
+    assert time.perf_counter() - start < 300
