@@ -1,0 +1,248 @@
+"""Log-likelihoods of many continuations: shared tokens run once, the head only where it is needed.
+
+`ildlab.packing` plans the passes. A model whose attention does not take packed trees (linear attention,
+ALiBi, flash attention) is found out on a small one, and gets a plain right-padded row for each request.
+
+Tokenisation follows lm-eval's `HFLM` to the letter: the context and the whole string are encoded, and
+the continuation is what the whole has beyond the context; an empty context is the BOS (or EOS) token.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import IldlabError, SuiteError
+from .packing import Batch, Encoded, make_batches
+from .progress import Progress
+from .stack import LayerStack
+
+HEAD_CHUNK = 256  # positions whose logits exist at one time
+
+
+@dataclass
+class Outcomes:
+    """What was found for each request, in the order they were given.
+
+    Attributes
+    ----------
+    loglikelihood : ndarray [R] float64
+        Sum of ln p over the continuation's tokens.
+    matched : ndarray [R] int
+        Leading tokens of the continuation that greedy decoding would produce.
+    length : ndarray [R] int
+        Tokens of the continuation.
+    """
+
+    loglikelihood: np.ndarray
+    matched: np.ndarray
+    length: np.ndarray
+
+    @classmethod
+    def empty(cls, encoded: Sequence[Encoded]) -> Outcomes:
+        """Outcomes to be filled batch by batch."""
+        length = np.array([len(e.continuation) for e in encoded], dtype=np.int64)
+        return cls(np.full(len(encoded), np.nan), np.full(len(encoded), -1, dtype=np.int64), length)
+
+
+# ------------------------------------------------------------------ encoding
+
+
+def window(stack: LayerStack, tokenizer: Any) -> int:
+    """Longest input that the model was made for, as lm-eval resolves it."""
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(stack.config, name, None) is not None:
+            return int(getattr(stack.config, name))
+    length = getattr(tokenizer, "model_max_length", None)
+    return int(length) if length is not None and length < 1e9 else 2048
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """Token that stands for an empty context: BOS, or EOS where there is none."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise SuiteError(
+        f"{type(tokenizer).__name__} has neither BOS nor EOS, so an empty context cannot be scored."
+    )
+
+
+def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) -> list[Encoded]:
+    """Encode (context, continuation) pairs.
+
+    Raises
+    ------
+    SuiteError
+        A continuation has no token, or more than the window.
+    """
+    pairs = [_shift_spaces(*pair) for pair in pairs]
+    wholes = [context + continuation for context, continuation in pairs]
+    known = _encode_all(
+        tokenizer, [c for c, _ in pairs if c] + [w for (c, _), w in zip(pairs, wholes) if c], True
+    )
+    bare = _encode_all(tokenizer, [w for (c, _), w in zip(pairs, wholes) if not c], False)
+    out = []
+    for (context, continuation), whole in zip(pairs, wholes):
+        if context:
+            before = known[context]
+            after = known[whole][len(before) :]
+        else:
+            before, after = (prefix_token(tokenizer),), bare[whole]
+            if after and after[0] == before[0]:
+                after = after[1:]
+        if not 0 < len(after) <= max_length:
+            raise SuiteError(
+                f"The continuation {continuation[:60]!r} has {len(after)} tokens; it needs at least 1, "
+                f"and at most the model's window of {max_length}."
+            )
+        spare = max_length + 1 - len(after)
+        out.append(Encoded(before[-spare:] if len(before) > spare else before, after, len(before) > spare))
+    return out
+
+
+def encode_rolling(tokenizer: Any, text: str, max_length: int) -> list[Encoded]:
+    """Cut a text to windows so that every token is scored once, as lm-eval's rolling log-likelihood."""
+    ids = tuple(tokenizer.encode(text))
+    if not ids:
+        raise SuiteError(f"The text {text[:60]!r} has no token.")
+    out = [Encoded((prefix_token(tokenizer),), ids[:max_length])]
+    start = max_length
+    while start < len(ids):
+        end = min(start + max_length, len(ids))
+        first = end - max_length - 1  # the last window reaches back for as much context as it can hold
+        out.append(Encoded(ids[first:start], ids[start:end]))
+        start = end
+    return out
+
+
+def _shift_spaces(context: str, continuation: str) -> tuple[str, str]:
+    """Move trailing white space of the context to the continuation: that is where tokenizers put it."""
+    spaces = len(context) - len(context.rstrip())
+    return (context[:-spaces], context[-spaces:] + continuation) if spaces else (context, continuation)
+
+
+def _encode_all(tokenizer, strings: Iterable[str], special: bool) -> dict[str, tuple[int, ...]]:
+    unique = list(dict.fromkeys(strings))
+    if not unique:
+        return {}
+    rows = tokenizer(unique, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    known = {text: tuple(row) for text, row in zip(unique, rows["input_ids"])}
+    mark = tokenizer.decode(prefix_token(tokenizer)) if special else ""
+    for text in unique if mark else ():
+        if text.startswith(mark):  # it opens with BOS already
+            known[text] = tuple(tokenizer.encode(text, add_special_tokens=False))
+    return known
+
+
+# ------------------------------------------------------------------- scoring
+
+
+def model_inputs(stack: LayerStack, batch: Batch) -> dict[str, Tensor]:
+    """Inputs of a batch for this model: the mask as numbers to add, in its dtype."""
+    inputs = dict(batch.inputs)
+    if "attention_mask" in inputs:
+        dtype = stack.model.dtype
+        hidden = torch.zeros(inputs["attention_mask"].shape, dtype=dtype)
+        inputs["attention_mask"] = hidden.masked_fill_(~inputs["attention_mask"], torch.finfo(dtype).min)
+    return inputs
+
+
+@torch.no_grad()
+def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes) -> None:
+    """Fill in the outcomes of a batch's requests from the final hidden state [B, T, d]."""
+    row, column = batch.head.to(hidden.device).unbind(1)
+    wanted = hidden[row, column]
+    total = torch.empty(len(wanted), dtype=torch.float32, device=hidden.device)
+    best = torch.empty(len(wanted), dtype=torch.long, device=hidden.device)
+    gold = torch.empty(len(batch.which), dtype=torch.float32, device=hidden.device)
+    which, target = batch.which.to(hidden.device), batch.target.to(hidden.device)
+    for start in range(0, len(wanted), HEAD_CHUNK):
+        logits = stack.logits(wanted[start : start + HEAD_CHUNK]).float()
+        total[start : start + len(logits)] = torch.logsumexp(logits, -1)
+        best[start : start + len(logits)] = logits.argmax(-1)
+        here = (which >= start) & (which < start + len(logits))
+        gold[here] = logits[which[here] - start, target[here]]
+    scored = (gold.double() - total[which].double()).cpu().numpy()
+    hit = (best[which] == target).cpu().numpy()
+    count = len(batch.requests)
+    outcomes.loglikelihood[batch.requests] = np.bincount(batch.owner, scored, minlength=count)
+    # Greedy decoding follows the continuation up to the first miss.
+    missed = np.full(count, np.iinfo(np.int64).max)
+    place = np.arange(len(batch.owner)) - np.searchsorted(batch.owner, batch.owner)
+    np.minimum.at(missed, batch.owner[~hit], place[~hit])
+    outcomes.matched[batch.requests] = np.minimum(missed, outcomes.length[batch.requests])
+
+
+_TREES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def largest_tree(stack: LayerStack) -> int:
+    """Tokens in the largest packed tree whose logits are those of plain rows; 0 where none is.
+
+    Tried once a model, on a small tree. Where attention has a sliding window, the tree's mask stands in
+    for the window's too, so that a tree must not be longer than it.
+    """
+    if stack.model not in _TREES:
+        kinds = getattr(stack.config, "layer_types", None)
+        limit = getattr(stack.config, "sliding_window", None) or sys.maxsize
+        if (
+            getattr(stack.config, "use_sliding_window", True) is False
+            or kinds
+            and "sliding" not in " ".join(kinds)
+        ):
+            limit = sys.maxsize
+        _TREES[stack.model] = limit if _try_tree(stack) else 0
+    return _TREES[stack.model]
+
+
+def _try_tree(stack: LayerStack) -> bool:
+    rows = min(stack.model.get_input_embeddings().weight.shape[0], 30_000)
+    ids = [int(i) for i in (np.arange(24) * 7919 + 11) % rows]
+    encoded = [Encoded(tuple(ids[:8]), tuple(ids[8 + 4 * k : 12 + 4 * k])) for k in range(3)]
+    results = []
+    for largest in (0, 100):
+        outcomes = Outcomes.empty(encoded)
+        try:
+            for batch in make_batches(encoded, [0, 0, 0], largest_tree=largest):
+                read_out(stack, batch, stack.final(model_inputs(stack, batch)), outcomes)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, IldlabError):
+            if not largest:
+                raise
+            return False  # this model's attention takes no 4-D mask or no positions: plain rows serve it
+        results.append(outcomes.loglikelihood)
+    close = 1e-4 if stack.model.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool(np.allclose(*results, rtol=close, atol=close))
+
+
+@torch.no_grad()
+def score_steps(
+    stack: LayerStack,
+    encoded: Sequence[Encoded],
+    groups: Sequence[int],
+    *,
+    note: str = "",
+    tokens_per_batch: int | None = None,
+) -> Generator[Progress, None, Outcomes]:
+    """Score all requests; yields after each batch and returns the `Outcomes`."""
+    outcomes = Outcomes.empty(encoded)
+    size = tokens_per_batch or batch_tokens(stack)
+    batches = make_batches(encoded, groups, largest_tree=largest_tree(stack), tokens_per_batch=size)
+    done, total = 0, sum(batch.tokens for batch in batches)
+    for batch in batches:
+        read_out(stack, batch, stack.final(model_inputs(stack, batch)), outcomes)
+        done += batch.tokens
+        yield Progress(done, total, note)
+    return outcomes
+
+
+def batch_tokens(stack: LayerStack) -> int:
+    """Tokens in a batch that keep the device busy without filling its memory."""
+    return 16_384 if stack.device.type == "cuda" else 1024
