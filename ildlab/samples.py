@@ -1,0 +1,165 @@
+"""Sequences to score on, and the statistics of scores: paired bootstrap, ranks, Student's t."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .errors import MeasureError
+
+RESAMPLES = 2000
+
+
+@dataclass
+class Rows:
+    """Sequences to score: tokens [N, T] int on the CPU, mask [N, T] bool or None, and their source."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    source: str
+
+    @classmethod
+    def of(cls, blocks) -> Rows:
+        """Accept TextBlocks, a tensor, or a mapping with input_ids and attention_mask."""
+        mask = None
+        if hasattr(blocks, "tokens"):
+            tokens, name = blocks.tokens, f"{blocks.source} ({blocks.split})"
+        elif hasattr(blocks, "keys"):
+            tokens, mask, name = blocks["input_ids"], blocks.get("attention_mask"), "given tokens"
+        else:
+            tokens, name = blocks, "given tokens"
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+            shape = tuple(tokens.shape) if hasattr(tokens, "shape") else type(tokens).__name__
+            raise MeasureError(f"blocks: expected TextBlocks or an integer tensor [N, T], got {shape}.")
+        if mask is not None:
+            mask = mask.bool().cpu()
+            if bool((~mask.any(1)).any()):
+                raise MeasureError("attention_mask: a sequence has no valid token.")
+            mask = None if bool(mask.all()) else mask
+        return cls(tokens.cpu(), mask, f"{name}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
+
+    def batch(self, rows: np.ndarray):
+        """Return what `LayerStack.trunk` takes for these rows."""
+        pick = torch.as_tensor(rows)
+        ids = self.tokens[pick].long()
+        return ids if self.mask is None else {"input_ids": ids, "attention_mask": self.mask[pick].long()}
+
+
+@dataclass
+class Positions:
+    """Which positions of each sequence are scored.
+
+    Attributes
+    ----------
+    index : Tensor [N, P] of int64
+    valid : Tensor [N, P] of bool
+        False for filling: sequences may have fewer valid positions than others.
+    targets : Tensor [N, P] of int64
+        The token that follows each position (its own token at the last one, which then has no use).
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    @classmethod
+    def sample(cls, rows: Rows, count: int | None, seed: int, *, predict: bool) -> Positions:
+        """Draw `count` positions of each sequence without replacement (None: all), from its own stream.
+
+        A sequence's positions depend on the seed and its row alone, so not on the batch size.
+        `predict`: only positions with a valid next token.
+        """
+        n, length = rows.tokens.shape
+        able = torch.ones(n, length, dtype=torch.bool) if rows.mask is None else rows.mask.clone()
+        if predict:
+            able[:, :-1] &= able[:, 1:].clone()
+            able[:, -1] = False
+            if bool((~able.any(1)).any()):
+                raise MeasureError("A sequence has no token to predict: each needs at least 2 valid tokens.")
+        most = int(able.sum(1).max())
+        count = most if count is None else min(count, most)
+        index, valid = torch.zeros(n, count, dtype=torch.long), torch.zeros(n, count, dtype=torch.bool)
+        for row in range(n):
+            choice = able[row].nonzero()[:, 0]
+            if len(choice) > count:
+                picked = np.random.default_rng([seed, row]).choice(len(choice), count, replace=False)
+                choice = choice[torch.from_numpy(np.sort(picked))]
+            index[row, : len(choice)] = choice
+            valid[row, : len(choice)] = True
+        targets = rows.tokens.gather(1, (index + 1).clamp(max=length - 1)).long()
+        return cls(index, valid, targets)
+
+    def of(self, rows: np.ndarray, device: torch.device) -> Positions:
+        """Those of one batch, on the device, with targets [B * P] and weights [B] (positions scored)."""
+        pick = torch.as_tensor(rows)
+        parts = (self.index[pick], self.valid[pick], self.targets[pick].flatten())
+        index, valid, targets = (part.to(device, non_blocking=True) for part in parts)
+        return Positions(index, valid, targets, valid.sum(1).float())
+
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Pick the scored positions of [B, T, d]: [B * P, d]."""
+        index = self.index.to(hidden.device)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the scored positions of values [B * P]: [B]."""
+        values = values.view(self.valid.shape)
+        return torch.where(self.valid, values, 0.0).sum(1) / self.weights
+
+
+def resamples(count: int, seed: int = 0) -> np.ndarray:
+    """How often each of `count` sequences is drawn, [resamples, count]."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
+
+
+def means(draws: np.ndarray, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Weighted means [draws, L] of x [N, L] under `draws` [draws, N]; NaN where nothing was drawn."""
+    scored = ~np.isnan(x)
+    above = (draws * w) @ np.where(scored, x, 0.0)
+    below = (draws * w) @ scored.astype(float)
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+
+def percentiles(values: np.ndarray, at: tuple[float, ...]) -> np.ndarray:
+    """Percentiles over the first axis, [len(at), L]; NaN where a column has none."""
+    out = np.full((len(at), values.shape[1]), np.nan)
+    some = ~np.isnan(values).all(0)
+    if some.any():
+        out[:, some] = np.nanpercentile(values[:, some], at, axis=0)
+    return out
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks within each row of x [n, L]; ties share their mean rank."""
+    return pd.DataFrame(x).rank(axis=1).to_numpy(float)
+
+
+def t_quantile(p: float, dof: int) -> float:
+    """Quantile of Student's t for 1/2 < p < 1, by bisection of its finite series (A&S 26.7.3-4)."""
+    low, high = 0.0, math.pi / 2  # of theta = atan(t / sqrt(dof))
+    for _ in range(60):
+        theta = (low + high) / 2
+        term = math.cos(theta) if dof % 2 else 1.0
+        total, k = 0.0, 1 if dof % 2 else 0
+        while k <= dof - 2:
+            total += term
+            term *= (k + 1) / (k + 2) * math.cos(theta) ** 2
+            k += 2
+        inside = math.sin(theta) * total
+        if dof % 2:
+            inside = 2 / math.pi * (theta + inside)
+        low, high = (theta, high) if inside < 2 * p - 1 else (low, theta)
+    return math.tan(low) * math.sqrt(dof)
+
+
+def listed(values, digits: int | None = None) -> list:
+    return [
+        None if math.isnan(v) else float(f"{v:.{digits}g}") if digits else float(v)
+        for v in np.asarray(values, float)
+    ]
