@@ -19,8 +19,8 @@ from .influence import block_influence
 from .offload import is_offloaded, resident
 from .parallel import Halving, rounds, world
 from .progress import Progress
-from .samples import Positions, Rows, t_quantile
-from .scores import LayerScores, Samples
+from .samples import Positions, Rows, Samples, t_quantile
+from .scores import LayerScores
 from .stack import LayerStack, Trunk, shared_prefix
 
 MAX_BRANCH_BYTES = 2 * 2**30

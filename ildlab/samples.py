@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from .errors import MeasureError
+
+if TYPE_CHECKING:
+    from .scores import LayerScores
 
 RESAMPLES = 2000
 
@@ -112,6 +117,44 @@ class Positions:
         return torch.where(self.valid, values, 0.0).sum(1) / self.weights
 
 
+class Samples:
+    """Collects values per sequence while a metric runs, and turns them into LayerScores."""
+
+    def __init__(self, metric, source, layer_ids, count, confidence):
+        self.metric, self.source, self.confidence = metric, source, confidence
+        self.layer_ids = list(layer_ids)
+        self.values = np.full((count, len(self.layer_ids)), np.nan)
+        self.weights = np.zeros(count)
+        self.details: dict[str, Any] = {}
+        self.batches = 0
+        self.started = time.perf_counter()
+
+    def add(self, rows: np.ndarray, layer_ids: list[int], values: np.ndarray, weights: np.ndarray) -> None:
+        """Take values [rows, layers] of one batch; a NaN or an infinity is an error, never a score."""
+        bad = ~np.isfinite(values)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise MeasureError(
+                f"{self.metric} of layer {layer_ids[column]} is {values[row, column]} in batch {self.batches} "
+                f"(sequence {rows[row]}): the model overflows there. Load it in float32 or bfloat16, or look "
+                "at the text of that sequence."
+            )
+        columns = [self.layer_ids.index(i) for i in layer_ids]
+        self.values[np.ix_(rows, columns)] = values
+        self.weights[rows] = weights
+        self.batches += 1
+
+    def scores(self) -> LayerScores:
+        """LayerScores of what has been collected."""
+        from .scores import LayerScores
+
+        seen = self.weights > 0
+        return LayerScores.from_samples(
+            self.metric, self.source, self.layer_ids, self.values[seen], self.weights[seen],
+            seconds=time.perf_counter() - self.started, confidence=self.confidence, details=self.details,
+        )  # fmt: skip
+
+
 def resamples(count: int, seed: int = 0) -> np.ndarray:
     """How often each of `count` sequences is drawn, [resamples, count]."""
     rng = np.random.default_rng(seed)
@@ -141,21 +184,10 @@ def ranks(x: np.ndarray) -> np.ndarray:
 
 
 def t_quantile(p: float, dof: int) -> float:
-    """Quantile of Student's t for 1/2 < p < 1, by bisection of its finite series (A&S 26.7.3-4)."""
-    low, high = 0.0, math.pi / 2  # of theta = atan(t / sqrt(dof))
-    for _ in range(60):
-        theta = (low + high) / 2
-        term = math.cos(theta) if dof % 2 else 1.0
-        total, k = 0.0, 1 if dof % 2 else 0
-        while k <= dof - 2:
-            total += term
-            term *= (k + 1) / (k + 2) * math.cos(theta) ** 2
-            k += 2
-        inside = math.sin(theta) * total
-        if dof % 2:
-            inside = 2 / math.pi * (theta + inside)
-        low, high = (theta, high) if inside < 2 * p - 1 else (low, theta)
-    return math.tan(low) * math.sqrt(dof)
+    """Quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(p, dof))
 
 
 def listed(values, digits: int | None = None) -> list:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -377,39 +376,3 @@ def _task_steps(student, teacher, *, suite=None, **options):
     if suite is None:
         raise MeasureError("The metric 'task' needs a suite: give suite=.")
     return (yield from hook(student, suite=suite, teacher=teacher, **options))
-
-
-class Samples:
-    """Collects values per sequence while a metric runs, and turns them into LayerScores."""
-
-    def __init__(self, metric, source, layer_ids, count, confidence):
-        self.metric, self.source, self.confidence = metric, source, confidence
-        self.layer_ids = list(layer_ids)
-        self.values = np.full((count, len(self.layer_ids)), np.nan)
-        self.weights = np.zeros(count)
-        self.details: dict[str, Any] = {}
-        self.batches = 0
-        self.started = time.perf_counter()
-
-    def add(self, rows: np.ndarray, layer_ids: list[int], values: np.ndarray, weights: np.ndarray) -> None:
-        """Take values [rows, layers] of one batch; a NaN or an infinity is an error, never a score."""
-        bad = ~np.isfinite(values)
-        if bad.any():
-            row, column = np.argwhere(bad)[0]
-            raise MeasureError(
-                f"{self.metric} of layer {layer_ids[column]} is {values[row, column]} in batch {self.batches} "
-                f"(sequence {rows[row]}): the model overflows there. Load it in float32 or bfloat16, or look "
-                "at the text of that sequence."
-            )
-        columns = [self.layer_ids.index(i) for i in layer_ids]
-        self.values[np.ix_(rows, columns)] = values
-        self.weights[rows] = weights
-        self.batches += 1
-
-    def scores(self) -> LayerScores:
-        """LayerScores of what has been collected."""
-        seen = self.weights > 0
-        return LayerScores.from_samples(
-            self.metric, self.source, self.layer_ids, self.values[seen], self.weights[seen],
-            seconds=time.perf_counter() - self.started, confidence=self.confidence, details=self.details,
-        )  # fmt: skip
