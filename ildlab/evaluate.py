@@ -22,7 +22,7 @@ from .progress import Progress, drive
 from .stack import LayerStack, Trunk, shared_prefix
 
 if TYPE_CHECKING:
-    from .suites import SuiteResult
+    from .aggregate import SuiteResult
     from .text import TextBlocks
 
 CHUNK = 256  # positions whose logits exist at one time: 50 MB in fp32 for a vocabulary of 49,152
@@ -115,7 +115,7 @@ class Evaluation:
         values = {k: v for k, v in record.items() if k in known}
         for name in _SUITES:
             if values.get(name) is not None:
-                from .suites import SuiteResult
+                from .aggregate import SuiteResult
 
                 values[name] = SuiteResult.from_dict(values[name])
         return cls(**values)
@@ -264,6 +264,8 @@ def evaluate_steps(
 
     rate = teacher_rate = None
     if speed:
+        from .generation import generation_speed
+
         yield Progress(0, 1, "generation speed")
         same_model = student.model is teacher.model
         known = record.get("teacher_tokens_per_second")
@@ -394,51 +396,6 @@ def _bootstrap_ratio(
     return float(low), float(high)
 
 
-@torch.no_grad()
-def generation_speed(
-    student: LayerStack, teacher: LayerStack | None, tokens: Tensor, *, new_tokens: int = 24, rounds: int = 3
-) -> tuple[float, float | None]:
-    """Tokens a second that each generates, greedily, for one prompt of 16 tokens.
-
-    The two take turns, and the median of the rounds counts, so that a busy machine slows both.
-
-    Returns
-    -------
-    student's, teacher's (None without one)
-    """
-    prompt = tokens[:1, :16].long()
-    times: dict[int, list[float]] = {}
-    for turn in range(rounds + 1):
-        for which, stack in enumerate([student, teacher]):
-            if stack is None:
-                continue
-            amount = 2 if turn == 0 else new_tokens  # the first turn warms up
-            start = time.perf_counter()
-            _generate(stack, prompt, amount)
-            if turn:
-                times.setdefault(which, []).append(time.perf_counter() - start)
-    rates = {which: new_tokens / float(np.median(taken)) for which, taken in times.items()}
-    return rates[0], rates.get(1)
-
-
-def _generate(stack: LayerStack, prompt: Tensor, new_tokens: int) -> Tensor:
-    prompt = prompt.to(stack.device)
-    pad = stack.config.eos_token_id
-    pad = pad[0] if isinstance(pad, (list, tuple)) else pad
-    out = stack.model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        pad_token_id=0 if pad is None else pad,
-        use_cache=True,
-    )
-    if stack.device.type == "cuda":
-        torch.cuda.synchronize(stack.device)
-    return out
-
-
 def _sizes(stack: LayerStack, prefix: str) -> dict[str, int]:
     parameters = list(stack.model.parameters())
     return {
@@ -457,7 +414,7 @@ def _recorded(kept: Any, suite: Any):
     """The teacher's kept result, where it stands for the same tasks; else None."""
     if not kept:
         return None
-    from .suites import SuiteResult
+    from .aggregate import SuiteResult
 
     result = SuiteResult.from_dict(kept) if isinstance(kept, dict) else kept
     return result if result.fingerprint == suite.fingerprint else None
