@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Generator
 from dataclasses import dataclass, field
@@ -267,7 +268,7 @@ def measure_steps(
     if metric not in METRICS:
         raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
     if metric == "task":
-        return (yield from _task_steps(student, teacher, batch_size=batch_size, seed=seed, **options))
+        return (yield from _task_steps(student, race=race, seed=seed, confidence=confidence, **options))
     rows = Rows.of(blocks)
     if metric != "magnitude" and len(rows.tokens) < 2:
         raise MeasureError(
@@ -290,11 +291,13 @@ def measure_steps(
             raise MeasureError(f"positions=: {metric!r} needs no head, so that all positions are scored.")
         from .influence import one_pass_steps
 
+        _check_options(one_pass_steps, metric, options)
         work = one_pass_steps(student, rows, metric, positions=positions, batch_size=batch_size, seed=seed,
                               confidence=confidence, **options)  # fmt: skip
     else:
         from .ablation import ablation_steps
 
+        _check_options(ablation_steps, metric, options)
         work = ablation_steps(student, rows, metric, teacher, race=race, positions=positions,
                               batch_size=batch_size, seed=seed, confidence=confidence, **options)  # fmt: skip
     return (yield from work)
@@ -360,19 +363,18 @@ def measure(
     return drive(work, desc=f"measure {metric}", show=show)
 
 
-def _task_steps(student, teacher, *, suite=None, **options):
-    """Hand over to the evaluation module: the change of a suite's aggregate without each layer."""
-    from importlib.util import find_spec
-
-    hook = None
-    if find_spec("ildlab.evaluate"):
-        from . import evaluate
-
-        hook = getattr(evaluate, "task_sweep", None)
-    if hook is None:
+def _check_options(steps, metric: str, options: dict) -> None:
+    known = set(inspect.signature(steps).parameters) - {"student", "rows", "metric", "teacher"}
+    if unknown := sorted(set(options) - known):
         raise MeasureError(
-            "The metric 'task' needs ildlab.evaluate.task_sweep, which this version does not have."
+            f"measure({metric!r}) has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
         )
+
+
+def _task_steps(student, *, suite=None, **options):
+    """Hand over to `ildlab.task_ablation`: the change of a suite's aggregate without each layer."""
     if suite is None:
         raise MeasureError("The metric 'task' needs a suite: give suite=.")
-    return (yield from hook(student, suite=suite, teacher=teacher, **options))
+    from .task_ablation import task_steps
+
+    return (yield from task_steps(student, suite=suite, **options))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SessionError, UnsupportedModelError
+from .masks import unpacked
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -187,10 +188,9 @@ class LayerStack:
         with contextlib.ExitStack() as restore:
             for index, layer in enumerate(self.layers):
                 restore.enter_context(_forward_replaced(layer, recorder(index)))
-            try:
+            alone = contextlib.nullcontext() if "position_ids" in inputs else unpacked()
+            with contextlib.suppress(_Captured), alone:
                 self.model(**inputs, use_cache=False)
-            except _Captured:
-                pass
         if len(calls) != len(self.layers):
             raise UnsupportedModelError(
                 f"The model called {len(calls)} of its {len(self.layers)} decoder layers in one pass."
@@ -247,7 +247,7 @@ class LayerStack:
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=self.device)
         stub = _Stub(self.layers[0], self._tuple_out)
         stub.hidden = flat
-        with self._stack_replaced(nn.ModuleList([stub])):
+        with self._stack_replaced(nn.ModuleList([stub])), unpacked():
             out = self.model(input_ids=ids, use_cache=False).logits
         return out.reshape(*shape, out.shape[-1])
 

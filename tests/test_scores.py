@@ -1,0 +1,316 @@
+"""LayerScores: intervals, separation, ties, storing; what `measure` refuses; ranks, memory, host syncs."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ildlab import parallel
+from ildlab.errors import MeasureError
+from ildlab.samples import Positions, Rows, resamples
+from ildlab.scores import LayerScores, measure, measure_steps
+from ildlab.stack import LayerStack
+
+
+def made(values, weights=None, **kwargs):
+    values = np.asarray(values, float)
+    weights = np.ones(len(values)) if weights is None else weights
+    return LayerScores.from_samples("nll", "test", range(10, 10 + values.shape[1]), values, weights, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    return LayerStack(tiny(5))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(3, 97, (7, 20), generator=torch.Generator().manual_seed(1))
+
+
+def test_bootstrap_equals_the_naive_loop():
+    rng = np.random.default_rng(3)
+    x, w = rng.normal(size=(12, 4)) + np.arange(4), rng.integers(5, 50, 12)
+    scores = made(x, w, confidence=0.9)
+    draws = resamples(12)
+    naive = np.array([[np.average(np.repeat(x[:, j], d.astype(int)), weights=np.repeat(w, d.astype(int)))
+                       for j in range(4)] for d in draws])  # fmt: skip
+    np.testing.assert_allclose(scores.table.ci_low, np.percentile(naive, 5, axis=0))
+    np.testing.assert_allclose(scores.table.ci_high, np.percentile(naive, 95, axis=0))
+    np.testing.assert_allclose(scores.table.score, np.average(x, axis=0, weights=w))
+    assert scores.separation() == pytest.approx(np.mean(naive.argmin(1) == 0))
+
+
+def test_intervals_cover_the_truth():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        row = made(rng.normal(size=(40, 2))).table.iloc[0]
+        hits += row.ci_low <= 0 <= row.ci_high
+    assert 0.88 <= hits / 200 <= 0.985
+
+
+def test_separation_is_paired():
+    rng = np.random.default_rng(0)
+    common = 10 * rng.normal(size=(30, 1))  # hard and easy sequences: it cancels between layers
+    x = common + np.array([0.0, 0.5, 1.0]) + 0.1 * rng.normal(size=(30, 3))
+    scores = made(x)
+    assert scores.separation() == 1.0
+    assert scores.tied == [10]
+    assert scores.split_half() == pytest.approx(1.0)
+    assert scores.table.ci_high[10] > scores.table.ci_low[12]  # though the intervals overlap
+
+
+def test_noise_is_named():
+    scores = made(np.random.default_rng(1).normal(size=(20, 8)))
+    assert scores.separation() < 0.9
+    assert len(scores.tied) > 2
+    assert scores.tied[0] == scores.least_important
+    assert abs(scores.split_half()) < 0.5
+    assert "tied with it" in scores._repr_html_()
+
+
+def test_dropped_layers_are_ranked_last_and_never_least():
+    x = np.array([[1.0, -5.0, 3.0], [1.1, np.nan, 3.0], [0.9, np.nan, 3.1], [1.0, np.nan, 2.9]])
+    scores = made(x)
+    assert scores.least_important == 10  # 11 was scored once and dropped
+    assert scores.finalists == [10, 12]
+    assert scores.ranking == [10, 12, 11]
+    assert scores.table.n.tolist() == [4, 1, 4]
+    assert scores.separation() < 1  # the one sequence of layer 11 speaks against it
+
+
+def test_json_round_trip():
+    x = np.array([[1.0, 2.0, np.nan], [1.5, 2.5, 3.5], [0.5, 2.0, np.nan]])
+    scores = made(x, details={"notes": ["a"], "dropped": {"12": 2}})
+    again = LayerScores.from_dict(json.loads(json.dumps(scores.to_dict(), allow_nan=False)))
+    np.testing.assert_allclose(again.per_sequence, x)
+    assert again.table.equals(scores.table)
+    assert again.tied == scores.tied and again.details == scores.details
+    assert repr(again) == repr(scores)
+
+
+def test_display_marks_the_least(small, tokens):
+    scores = measure(small, tokens)
+    page = scores._repr_html_()
+    assert page.count("least important</td>") == 1
+    assert all(f"<th>{i}</th>" in page for i in range(5))
+    assert "split-half" in page
+
+
+# -------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"metric": "colour"}, "no metric 'colour'"),
+        ({"metric": "kl"}, "give teacher="),
+        ({"metric": "nll", "positions": 0}, "positions=0"),
+        ({"metric": "nll", "batch_size": 0}, "batch_size=0"),
+        ({"metric": "mse", "race": True}, "one pass"),
+        ({"metric": "mse", "positions": 3}, "no head"),
+        ({"metric": "nll", "colour": 3}, "no option 'colour'"),
+        ({"metric": "nll", "confidence": 1.0}, "confidence"),
+        ({"metric": "nll", "tie": -1.0}, "tie"),
+        ({"metric": "angular_distance", "tokens": "some"}, "'all' or 'last'"),
+    ],
+)
+def test_bad_arguments(small, tokens, arguments, says):
+    with pytest.raises(MeasureError, match=says):
+        measure(small, tokens, **arguments)
+
+
+def test_bad_blocks(small, tokens):
+    with pytest.raises(MeasureError, match="at least 2"):
+        measure(small, tokens[:1])
+    with pytest.raises(MeasureError, match="integer tensor"):
+        measure(small, tokens.float())
+    with pytest.raises(MeasureError, match="no valid token"):
+        measure(small, {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)})
+
+
+def test_nan_names_layer_and_batch(tiny, tokens):
+    broken = LayerStack(tiny(4))
+    broken.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(MeasureError, match=r"layer 2 is nan in batch 0"):
+        measure(broken, tokens)
+    with pytest.raises(MeasureError, match=r"layer 0 is nan in batch 0"):
+        measure(broken, tokens, "nll")
+
+
+def test_lrp_says_which_family_cannot(tokens):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    fused = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=3, n_head=2, n_positions=64)).eval()
+    with pytest.raises(MeasureError, match="query projection"):
+        measure(LayerStack(fused), tokens, "lrp")
+
+
+# ------------------------------------------------------------------- positions
+
+
+def test_positions_are_seeded_by_row_and_valid():
+    mask = torch.ones(5, 30, dtype=torch.long)
+    mask[2, 10:] = 0
+    mask[3, :25] = 0
+    rows = Rows.of({"input_ids": torch.arange(150).reshape(5, 30), "attention_mask": mask})
+    places = Positions.sample(rows, 8, 7, predict=True)
+    again = Positions.sample(rows, 8, 7, predict=True)
+    assert torch.equal(places.index, again.index)
+    assert not torch.equal(places.index, Positions.sample(rows, 8, 8, predict=True).index)
+    assert places.valid.sum(1).tolist() == [8, 8, 8, 4, 8]
+    for row in range(5):
+        at = places.index[row][places.valid[row]]
+        assert len(at.unique()) == len(at)
+        assert bool(mask[row][at].all()) and bool(mask[row][at + 1].all())
+        assert torch.equal(places.targets[row][places.valid[row]], rows.tokens[row][at + 1])
+
+
+def test_sampled_positions_are_unbiased(small, tokens):
+    full = measure(small, tokens, "nll").table.score
+    sampled = np.mean(
+        [measure(small, tokens, "nll", positions=4, seed=s).table.score for s in range(12)], axis=0
+    )
+    np.testing.assert_allclose(sampled, full, atol=0.25)
+
+
+# ------------------------------------------------------------ memory, ranks, syncs
+
+
+@pytest.mark.parametrize("metric", ["block_influence", "taylor", "nll"])
+def test_out_of_memory_halves_the_batch(small, tokens, metric, monkeypatch):
+    want = measure(small, tokens, metric, batch_size=2)
+    trunk = LayerStack.trunk
+
+    def starved(self, batch):
+        if batch.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return trunk(self, batch)
+
+    monkeypatch.setattr(LayerStack, "trunk", starved)
+    got = measure(small, tokens, metric, batch_size=7)
+    np.testing.assert_allclose(got.per_sequence, want.per_sequence, rtol=1e-4, atol=1e-5)
+    assert [n.split(":")[0] for n in got.details["notes"]] == ["out of memory"] * 2
+    assert got.details["notes"][-1].endswith("to 1")
+
+    def hopeless(self, batch):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(LayerStack, "trunk", hopeless)
+    with pytest.raises(MeasureError, match="single sequence"):
+        measure(small, tokens, metric)
+
+
+def test_closing_leaves_the_student_whole(small, tokens):
+    before = {k: v.clone() for k, v in small.model.state_dict().items()}
+    work = measure_steps(small, tokens, "nll", batch_size=2)
+    step = next(work)
+    assert step.done == 2 and step.total == 7 and isinstance(step.partial, LayerScores)
+    work.close()
+    assert all(torch.equal(v, before[k]) for k, v in small.model.state_dict().items())
+    assert not any(p.requires_grad for p in small.model.parameters())
+
+
+PER_ROW = 1  # `nonzero` on the host for each sequence, when its positions are drawn
+
+
+class Syncs(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    names = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        down = name == "_to_copy" and str(kwargs.get("device")) == "cpu" and args[0].device.type != "cpu"
+        self.count += name in self.names or down
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "metric", ["block_influence", "angular_distance", "mse", "relative_l2", "lrp", "taylor", "nll", "kl"]
+)
+def test_one_host_sync_a_batch(small, tokens, metric, monkeypatch):
+    copies = []
+    to_host = parallel.to_host
+    monkeypatch.setattr(parallel, "to_host", lambda v: copies.append(1) or to_host(v))
+    student = small.share()
+    student.remove(2)
+    rows = tokens.repeat(2, 1)
+
+    def syncs(batches):
+        copies.clear()
+        with Syncs() as seen:
+            measure(student, rows[: 2 * batches], metric, small if metric == "kl" else None, batch_size=2)
+        return seen.count, len(copies)
+
+    few, many = syncs(2), syncs(6)
+    assert many[1] - few[1] == 4  # the one copy of each batch
+    # On the CPU the copy itself is none that the dispatcher sees; positions are drawn on the host, before.
+    assert many[0] - few[0] == (PER_ROW * 8 if metric in ("taylor", "nll", "kl") else 0)
+
+
+def test_two_processes_rank_as_one(tmp_path, tiny, tokens):
+    """Two gloo processes under torchrun's variables give the scores of one process."""
+    code = textwrap.dedent(
+        """
+        import json, os, sys, torch
+        torch.set_num_threads(1)
+        from transformers import LlamaForCausalLM
+        from ildlab.scores import measure
+        from ildlab.stack import LayerStack
+        folder = sys.argv[1]
+        stack = LayerStack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
+        tokens = torch.load(folder + "/tokens.pt")
+        out = {m: measure(stack, tokens, m, stack, batch_size=2, **o).to_dict()
+               for m, o in (("block_influence", {}), ("nll", {"positions": 7}), ("kl", {"race": True}))}
+        rank = os.environ.get("RANK", "one")
+        json.dump(out, open(f"{folder}/scores-{rank}.json", "w"))
+        """
+    )
+    tiny(5).save_pretrained(tmp_path)
+    torch.save(tokens, tmp_path / "tokens.pt")
+    script = tmp_path / "job.py"
+    script.write_text(code)
+    base = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranked = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    runs = [base] + [{**base, **ranked, "RANK": str(r), "LOCAL_RANK": str(r)} for r in (0, 1)]
+    jobs = [
+        subprocess.Popen([sys.executable, script, tmp_path], env=env, stderr=subprocess.PIPE) for env in runs
+    ]
+    for job in jobs:
+        _, errors = job.communicate(timeout=120)
+        assert job.returncode == 0, errors.decode()[-3000:]
+    one, first, second = (
+        {
+            m: LayerScores.from_dict(v)
+            for m, v in json.loads((tmp_path / f"scores-{r}.json").read_text()).items()
+        }
+        for r in ("one", 0, 1)
+    )
+    for metric in ("block_influence", "nll"):
+        np.testing.assert_allclose(first[metric].per_sequence, one[metric].per_sequence, rtol=1e-5, atol=1e-6)
+        assert first[metric].ranking == one[metric].ranking == second[metric].ranking
+        assert first[metric].details["ranks"] == 2 and one[metric].details["ranks"] == 1
+    np.testing.assert_array_equal(first["kl"].per_sequence, second["kl"].per_sequence)
+    assert first["kl"].least_important == one["kl"].least_important
