@@ -93,12 +93,13 @@ def find_documents(
         return Documents(name, key, False, lambda: _order(_python_docs(key, split), seed))
     if name == "teacher-samples":
         folder = data_dir() / "teacher_samples"
-        if not folder.is_dir():
+        if not (folder / "samples.jsonl.gz").is_file():
             raise TextError(
                 f"The teacher's samples are not part of this copy of ildlab ({folder} does not exist). "
                 'Use "python-docs", or your own file or folder of text.'
             )
-        return _from_files(name, folder, split, seed, text_column)
+        # The folder also holds the data card and the openings, which are no samples.
+        return _from_files(name, folder / "samples.jsonl.gz", split, seed, text_column)
     path = Path(name).expanduser()
     if path.exists():
         return _from_files(name, path, split, seed, text_column)
