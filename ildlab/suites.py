@@ -24,10 +24,11 @@ import torch
 from .aggregate import SuiteResult, TaskResult
 from .cache import data_dir, write_atomic
 from .errors import SuiteError
-from .loglikelihood import Outcomes, score_steps, window
+from .loglikelihood import score_steps, window
+from .plan import Plan
 from .progress import Progress, drive
 from .stack import LayerStack
-from .tasks import KINDS, Task, measures, read_jsonl, requests, weights
+from .tasks import KINDS, Task, read_jsonl, weights
 
 ENGINE = 1  # raise it when scoring changes, so that kept results are not mistaken for today's
 
@@ -73,6 +74,10 @@ class Suite:
         return Suite(
             self.name, tuple(replace(task, rows=task.rows[:limit]) for task in self.tasks), self.description
         )
+
+    def plan(self, tokenizer: Any, length: int) -> Plan:
+        """Encode all log-likelihood requests for a model's window of `length` tokens."""
+        return Plan.of(self, tokenizer, length)
 
     def __repr__(self) -> str:
         return f"Suite({self.name}: {', '.join(f'{task.name} ({len(task.rows)})' for task in self.tasks)})"
@@ -252,7 +257,7 @@ def score_suite(
 
 def _own_steps(stack, tokenizer, suite: Suite) -> Generator[Progress, None, SuiteResult]:
     length = window(stack, tokenizer)
-    plan = Plan.of(suite, tokenizer, length)
+    plan = suite.plan(tokenizer, length)
     outcomes = yield from score_steps(stack, plan.encoded, plan.groups, note=suite.name)
     found = plan.measures(outcomes)
     results, notes = {}, []
@@ -303,57 +308,6 @@ def _generated(stack, tokenizer, task: Task, length: int):
     return {
         name: np.array([of(a, row["references"]) for a, row in rows]) for name, of in both.items()
     }, truncated
-
-
-@dataclass
-class Plan:
-    """All log-likelihood requests of a suite in one list, so that batches mix tasks of like length.
-
-    Attributes
-    ----------
-    tasks : list of Task
-        Those decided by log-likelihoods.
-    encoded : list of Encoded
-    groups : list of int
-        The example that each request belongs to, counted through all tasks.
-    owners : dict of str to list of int
-        For each task, the row of each of its requests.
-    truncated : dict of str to int
-    """
-
-    tasks: list[Task]
-    encoded: list
-    groups: list[int]
-    owners: dict[str, list[int]]
-    truncated: dict[str, int]
-
-    @classmethod
-    def of(cls, suite: Suite, tokenizer: Any, length: int) -> Plan:
-        """Encode a suite's requests for a model's window."""
-        plan = cls([task for task in suite.tasks if not task.generates], [], [], {}, {})
-        first = 0
-        for task in plan.tasks:
-            encoded, owner = requests(task, tokenizer, length)
-            plan.encoded += encoded
-            plan.owners[task.name] = owner
-            plan.truncated[task.name] = len({o for o, e in zip(owner, encoded) if e.truncated})
-            # Windows of one text have nothing in common: each is an example of its own.
-            rolling = task.kind == "bits_per_byte"
-            plan.groups += [first + (n if rolling else o) for n, o in enumerate(owner)]
-            first += len(owner) if rolling else len(task.rows)
-        return plan
-
-    def measures(self, outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
-        """Split outcomes up into each task's measures."""
-        found, start = {}, 0
-        for task in self.tasks:
-            end = start + len(self.owners[task.name])
-            part = Outcomes(
-                outcomes.loglikelihood[start:end], outcomes.matched[start:end], outcomes.length[start:end]
-            )
-            found[task.name] = measures(task, self.owners[task.name], part)
-            start = end
-        return found
 
 
 def model_fingerprint(stack: LayerStack, tokenizer: Any) -> str:

@@ -1,0 +1,216 @@
+"""Task kinds, token trees and log-likelihoods, against plain runs and fp64 oracles."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ildlab.errors import SuiteError
+from ildlab.loglikelihood import Outcomes, encode, encode_rolling, largest_tree, score_steps
+from ildlab.packing import Encoded, make_batches
+from ildlab.progress import drive
+from ildlab.stack import LayerStack
+from ildlab.tasks import Task, check_row, kind_of, measures, pairs, read_jsonl, requests, weights
+
+ROWS = [
+    {"query": "The sky is", "choices": ["blue", "made of old bricks", "loud"], "gold": 0},
+    {"query": "Two and two make", "choices": ["four", "nine"], "gold": 0},
+    {"query": "", "choices": ["She walks home.", "She walk home."], "gold": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def stack(tiny, teacher):
+    return LayerStack(tiny(4, vocab=len(teacher.tokenizer), dtype=torch.float64))
+
+
+def oracle(stack, one: Encoded) -> tuple[float, int]:
+    """Plain run of one request in fp64: log-likelihood and leading tokens that are greedy."""
+    ids = torch.tensor([one.context + one.continuation])
+    logp = torch.log_softmax(stack.model(input_ids=ids[:, :-1], use_cache=False).logits.double(), -1)[0]
+    logp = logp[len(one.context) - 1 :]
+    target = torch.tensor(one.continuation)
+    hit = (logp.argmax(-1) == target).long().cumprod(0).sum()
+    return float(logp.gather(1, target[:, None]).sum()), int(hit)
+
+
+def test_trees_give_the_log_likelihoods_of_plain_runs(stack, teacher):
+    task = Task("t", "multiple_choice", tuple(ROWS), fewshot=1)
+    encoded, owner = requests(task, teacher.tokenizer, 256)
+    assert largest_tree(stack) > 0
+    outcomes = drive(score_steps(stack, encoded, owner, tokens_per_batch=64))
+    for one, ll, matched in zip(encoded, outcomes.loglikelihood, outcomes.matched):
+        want, hit = oracle(stack, one)
+        assert abs(ll - want) < 1e-5
+        assert matched == hit
+
+
+def test_shared_tokens_are_run_once(teacher):
+    task = Task("t", "multiple_choice", tuple(ROWS[:1]))
+    encoded, owner = requests(task, teacher.tokenizer, 256)
+    (batch,) = make_batches(encoded, owner, largest_tree=1000)
+    context = len(encoded[0].context)
+    assert batch.tokens == context + sum(len(e.continuation) - 1 for e in encoded)
+    # The head: once after the context for the first token of every choice, then at each further token.
+    assert len(batch.head) == 1 + sum(len(e.continuation) - 1 for e in encoded)
+
+
+def test_examples_with_a_common_prompt_share_a_row():
+    prompt = tuple(range(100, 180))
+    encoded = [Encoded(prompt + (n,), (5, 6)) for n in range(4)]
+    batches = make_batches(encoded, range(4), largest_tree=1000)
+    assert [b.inputs["input_ids"].shape for b in batches] == [(1, 80 + 4 * 2)]
+
+
+def test_a_model_that_takes_no_trees_gets_plain_rows(stack, teacher, monkeypatch):
+    import ildlab.loglikelihood as module
+
+    encoded, owner = requests(Task("t", "multiple_choice", tuple(ROWS)), teacher.tokenizer, 256)
+    trees = drive(score_steps(stack, encoded, owner))
+    monkeypatch.setattr(module, "largest_tree", lambda stack: 0)
+    plain = drive(score_steps(stack, encoded, owner))
+    np.testing.assert_allclose(plain.loglikelihood, trees.loglikelihood, atol=1e-6)
+
+
+def test_alibi_model_is_found_out(teacher):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=len(teacher.tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    )
+    bloom = LayerStack(model.eval().requires_grad_(False))
+    assert largest_tree(bloom) == 0
+    encoded, owner = requests(Task("t", "multiple_choice", tuple(ROWS)), teacher.tokenizer, 256)
+    outcomes = drive(score_steps(bloom, encoded, owner))
+    assert abs(outcomes.loglikelihood[1] - oracle(bloom, encoded[1])[0]) < 1e-3
+
+
+def test_encoding_moves_spaces_and_stands_for_an_empty_context(teacher):
+    tokenizer = teacher.tokenizer
+    spaced, plain, empty = encode(
+        tokenizer, [("The sky is ", "blue"), ("The sky is", " blue"), ("", "Blue")], 64
+    )
+    assert spaced == plain
+    assert empty.context == (tokenizer.bos_token_id,)
+    assert tokenizer.decode(empty.continuation) == "Blue"
+
+
+def test_long_contexts_are_cut_from_the_left_and_counted(teacher):
+    (one,) = encode(teacher.tokenizer, [("word " * 50, "end")], 16)
+    assert one.truncated
+    assert len(one.context) + len(one.continuation) == 17
+    with pytest.raises(SuiteError, match="window of 4"):
+        encode(teacher.tokenizer, [("a", " word" * 9)], 4)
+
+
+def test_rolling_windows_score_every_token_once(teacher):
+    text = "one two three four five six seven eight nine ten eleven"
+    ids = tuple(teacher.tokenizer.encode(text))
+    windows = encode_rolling(teacher.tokenizer, text, 4)
+    assert tuple(t for w in windows for t in w.continuation) == ids
+    assert all(len(w.context) + len(w.continuation) <= 5 for w in windows)
+
+
+def test_measures_of_every_kind():
+    choice = Task(
+        "c", "multiple_choice", ({"query": "q", "choices": ["aaaa", "b"], "gold": 0},), normalise="bytes"
+    )
+    found = measures(choice, [0, 0], Outcomes(np.array([-3.0, -1.0]), np.array([0, 1]), np.array([2, 1])))
+    assert found["accuracy_raw"][0] == 0 and found["accuracy_bytes"][0] == 1
+    assert choice.measure == "accuracy_bytes"
+    copy = Task("k", "copy", ({"context": "x", "continuation": "y z"},))
+    found = measures(copy, [0], Outcomes(np.array([-2.0]), np.array([1]), np.array([4])))
+    assert found["prefix"][0] == 0.25 and found["exact"][0] == 0
+    bits = Task("b", "bits_per_byte", ({"text": "abcd"},), chance=8.0, direction="lower")
+    found = measures(
+        bits, [0, 0], Outcomes(np.array([-math.log(2) * 6, -math.log(2) * 2]), *[np.array([0, 0])] * 2)
+    )
+    assert found["bits_per_byte"][0] == pytest.approx(2.0)
+    assert weights(bits)[0] == 4
+
+
+def test_few_shot_prompts_leave_out_the_row_itself():
+    task = Task("t", "multiple_choice", tuple(ROWS[:2]), fewshot=1)
+    context, continuation = pairs(task, 0)[0]
+    assert context == "Two and two make four\n\nThe sky is" and continuation == " blue"
+    assert pairs(task, 1)[0][0] == "The sky is blue\n\nTwo and two make"
+    options = {"context_options": ["Ann", "Bob"], "continuation": "left.", "gold": 1}
+    pair = Task("p", "minimal_pairs", (options, options), fewshot=1)
+    assert pairs(pair, 0)[0] == ("Bob left.\n\nAnn", " left.")
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"query": "q", "choices": ["a", "b"]}, "'gold' is missing"),
+        ({"query": "q", "choices": ["a", "b"], "gold": 2}, "gold is 2, but there are 2 choices"),
+        ({"query": "q", "choices": ["a", " "], "gold": 0}, r"choices\[1\] is empty"),
+        ({"query": "q", "choices": ["a"], "gold": 0}, "too few"),
+        ({"query": "q", "choices": "ab", "gold": 0}, "must be list"),
+        ([], "JSON object"),
+    ],
+)
+def test_bad_rows_name_where_they_stand(row, message):
+    with pytest.raises(SuiteError, match=f"rows line 3: .*{message}"):
+        check_row("multiple_choice", row, "rows line 3")
+
+
+def test_bad_files_name_file_and_line(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n\n{broken\n")
+    with pytest.raises(SuiteError, match="rows.jsonl line 3: not JSON"):
+        read_jsonl(file)
+    file.write_text("\n")
+    with pytest.raises(SuiteError, match="no examples"):
+        read_jsonl(file)
+    with pytest.raises(SuiteError, match="cannot be read"):
+        read_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(SuiteError, match="no known kind"):
+        kind_of({"question": 1}, "rows.jsonl line 1")
+
+
+def test_plain_text_is_cut_into_passages(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("A line of a book.\n" * 300)
+    kind, rows = read_jsonl(file)
+    assert kind == "bits_per_byte"
+    assert "".join(row["text"] for row in rows) == file.read_text()
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"kind": "quiz"}, "kind 'quiz' does not exist"),
+        ({"metric": "exact"}, "has no metric 'exact'"),
+        ({"normalise": "words"}, "neither raw nor bytes"),
+        ({"chance": 1.0}, "not a share"),
+        ({"rows": ()}, "no rows"),
+        ({"fewshot": 3}, "only 2 examples"),
+        ({"direction": "lower"}, "needs chance"),
+    ],
+)
+def test_bad_tasks_say_what_is_wrong(changes, message):
+    with pytest.raises(SuiteError, match=message):
+        Task(**{"name": "t", "kind": "multiple_choice", "rows": tuple(ROWS), **changes})
+
+
+def test_generated_answers(teacher):
+    from ildlab.generation import chrf, cut, greedy_steps, rouge_l
+
+    stack = LayerStack(teacher.model)
+    prompts = ["One, two, three,", "The capital of France is the city of"]
+    answers, truncated = drive(
+        greedy_steps(stack, teacher.tokenizer, prompts, max_new_tokens=6, stop=[","], max_length=64)
+    )
+    alone, _ = drive(
+        greedy_steps(stack, teacher.tokenizer, prompts[:1], max_new_tokens=6, stop=[","], max_length=64)
+    )
+    assert answers[0] == alone[0] == "four"  # padding of a batch changes nothing
+    assert truncated == 0
+    assert cut("\n\nyes\n\nno", ["\n\n"]) == "yes"
+    assert chrf("a small cat", ["a small cat"]) == pytest.approx(1)
+    assert rouge_l("кот спит", ["кот давно спит"]) == pytest.approx(0.8)
