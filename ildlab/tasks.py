@@ -126,11 +126,15 @@ class Task:
         return self.kind == "generation"
 
     def prompt(self, index: int, context: str) -> str:
-        """Put the few-shot examples of row `index` before its context."""
-        if not self.fewshot:
-            return context
+        """Put the headline and the few-shot examples of row `index` before its context."""
+        row = self.rows[index]
         shots = self.shots or self.rows[:index] + self.rows[index + 1 :]
-        return "".join(solved(self, row) + self.separator for row in shots[: self.fewshot]) + context
+        chosen = [shot for shot in shots if shot.get("group") == row.get("group")][: self.fewshot]
+        return (
+            row.get("headline", "")
+            + "".join(solved(self, shot) + self.separator for shot in chosen)
+            + context
+        )
 
 
 def solved(task: Task, row: dict) -> str:
