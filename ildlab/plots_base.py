@@ -1,0 +1,250 @@
+"""What every figure shares: a canvas without pyplot, colours, labels, and the way out (PNG, SVG, HTML).
+
+Figures have a transparent background and grey text, so that the same picture reads on a light and on
+a dark page. A single grey reaches 4.5:1 (WCAG AA) on white or on JupyterLab's dark `#111`, never on
+both: `to_html` therefore brightens the picture a little where JupyterLab says that its theme is dark.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+TEXT = "#707070"  # 4.95:1 on white; brightened, 6.9:1 on #111
+LINE = "#858585"  # spines and ticks: 3:1 on both
+DARK_BRIGHTNESS = 1.4
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#B5629A"
+COLOURS = (BLUE, VERMILLION, GREEN, PURPLE)  # Okabe-Ito; its yellow, orange and sky blue fade on white
+MAP = "cividis"  # even in lightness, the same to colour-blind eyes
+DPI = 100  # CSS pixels of an inch of figure; PNGs have twice as many
+
+UNITS = {
+    "block_influence": "Block Influence (1 − cosine)",
+    "angular_distance": "angular distance (fraction of π)",
+    "mse": "MSE of consecutive hidden states",
+    "relative_l2": "relative L2 step of the hidden state",
+    "cosine": "cosine similarity",
+    "angular": "angular distance (fraction of π)",
+    "cka": "linear CKA (0 to 1)",
+    "lrp": "relevance (share of the output)",
+    "magnitude": "mean |weight|",
+    "taylor": "first-order effect on the loss (nats/token)",
+    "nll": "NLL rise without the layer (nats/token)",
+    "kl": "KL to the teacher without the layer (nats/token)",
+    "task": "drop of the suite aggregate without the layer",
+    "perplexity": "perplexity",
+    "aggregate": "suite aggregate (0 to 1)",
+}
+
+
+def label_of(metric: str) -> str:
+    """Axis label of a metric: what it is, with its unit."""
+    return UNITS.get(metric, metric.replace("_", " ") or "score")
+
+
+def new_axes(ax: Axes | None, width: float = 8.0, height: float = 3.2) -> Axes:
+    """Return `ax`, or the one Axes of a new figure of its own (no pyplot), styled for both themes.
+
+    Parameters
+    ----------
+    ax : Axes, optional
+    width, height : float
+        Inches, for a new figure.
+    """
+    if ax is None:
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        ax = figure.add_subplot()
+    return style(ax)
+
+
+def style(ax: Axes) -> Axes:
+    """Make one Axes transparent, with grey spines, ticks and text."""
+    ax.figure.patch.set_alpha(0)
+    ax.patch.set_alpha(0)
+    for side, spine in ax.spines.items():
+        spine.set_color(LINE)
+        spine.set_visible(side in ("left", "bottom"))
+    ax.tick_params(which="both", color=LINE, labelcolor=TEXT, labelsize=9)
+    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+        text.set_color(TEXT)
+        text.set_fontsize(10)
+    return ax
+
+
+def legend(ax: Axes, **kwargs: Any) -> None:
+    """Add a legend with grey text on no background, if anything in `ax` has a label."""
+    handles = kwargs.pop("handles", None) or ax.get_legend_handles_labels()[0]
+    if handles:
+        ax.legend(handles=handles, frameon=False, labelcolor=TEXT, fontsize=9, **kwargs)
+
+
+def colorbar(ax: Axes, image: Any, label: str) -> None:
+    """Add a colour bar for `image` beside `ax`, labelled and in grey."""
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05)
+    bar.set_label(label, color=TEXT, fontsize=9)
+    bar.outline.set_edgecolor(LINE)
+    bar.ax.tick_params(which="both", color=LINE, labelcolor=TEXT, labelsize=8)
+
+
+def layer_ticks(axis: Any, ids: Sequence[int]) -> None:
+    """Tick a layer axis at whole layer ids, thinned out so that they do not overlap."""
+    ids = list(ids)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 10**6) if len(ids) / s <= 36)
+    shown = [i for i in ids if i % step == 0]
+    axis.set_ticks(shown, [str(i) for i in shown])
+
+
+def norm_of(values: np.ndarray) -> Normalize:
+    """Pick a logarithmic colour scale where all values are positive and span more than a decade."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return Normalize(0, 1)
+    low, high = float(finite.min()), float(finite.max())
+    if low > 0 and high / low > 10:
+        return LogNorm(low, high)
+    return Normalize(low, high if high > low else low + 1e-12)
+
+
+def frame_of(scores: Any) -> pd.DataFrame:
+    """Turn `LayerScores`, a DataFrame, a Series or a mapping {layer id: score} into a DataFrame.
+
+    Returns
+    -------
+    DataFrame
+        Indexed by layer id, ascending, with a column `score` and, where known, `ci_low`, `ci_high`, `n`.
+    """
+    table = getattr(scores, "table", scores)
+    if isinstance(table, pd.DataFrame):
+        table = table.set_index("layer_id") if "layer_id" in table.columns else table
+    else:
+        table = pd.Series(table, dtype=float).to_frame("score")
+    if "score" not in table.columns:
+        raise ValueError(f"Scores need a column 'score'; these have {list(table.columns)}.")
+    table = table.copy()
+    table.index = table.index.astype(int)
+    return table.sort_index()
+
+
+def metric_of(scores: Any, metric: str | None = None) -> str:
+    """Name of the metric of `scores`: as given, else the scores' own, else "score"."""
+    attributes = getattr(getattr(scores, "table", scores), "attrs", {})
+    return metric or getattr(scores, "metric", None) or attributes.get("metric") or "score"
+
+
+@lru_cache(maxsize=1)
+def _drawable() -> frozenset[int]:
+    return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
+
+
+def token_label(token: str, limit: int = 14) -> str:
+    """Make one token readable as an axis label, on one line.
+
+    A leading space shows as `␣`, a line break as `⏎`, and a character that the font lacks as its code
+    point. Nothing is interpreted: give the label to text with `parse_math=False`.
+    """
+    marks = {" ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥", "Ġ": "␣", "▁": "␣", "Ċ": "⏎"}
+    out = []
+    for char in token[: limit + 1]:
+        char = marks.get(char, char)
+        out.append(char if ord(char) in _drawable() and char.isprintable() else f"U+{ord(char):04X}")
+    return "".join(out[:limit]) + ("…" if len(out) > limit else "")
+
+
+def token_ticks(axis: Any, tokens: Iterable[str], rotation: float = 90) -> None:
+    """Label positions 0, 1, ... of an axis with tokens, as plain text (no mathtext)."""
+    labels = [token_label(t) for t in tokens]
+    axis.set_ticks(range(len(labels)), labels, rotation=rotation, fontsize=8)
+    for text in axis.get_ticklabels():
+        text.set_parse_math(False)
+
+
+def contrast(first: Any, second: Any) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.2, relative luminance)."""
+    from matplotlib.colors import to_rgb
+
+    def luminance(colour: Any) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def ink_on(colour: Any) -> str:
+    """Black or white, whichever reads better on `colour`."""
+    return max(("#000000", "#ffffff"), key=lambda ink: contrast(ink, colour))
+
+
+# ------------------------------------------------------------------ the way out
+
+
+def _figure(figure: Figure | Axes) -> Figure:
+    return figure.figure if isinstance(figure, Axes) else figure
+
+
+def to_png(figure: Figure | Axes, scale: float = 2.0) -> bytes:
+    """Draw a figure (or the figure of an Axes) as a transparent PNG.
+
+    Parameters
+    ----------
+    figure : Figure or Axes
+    scale : float
+        Pixels of the PNG to one CSS pixel.
+    """
+    out = io.BytesIO()
+    _figure(figure).savefig(out, format="png", dpi=DPI * scale, transparent=True)
+    return out.getvalue()
+
+
+def to_svg(figure: Figure | Axes) -> str:
+    """Draw a figure (or the figure of an Axes) as SVG text."""
+    out = io.StringIO()
+    _figure(figure).savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return out.getvalue()
+
+
+def save(figure: Figure | Axes, path: str | Path) -> Path:
+    """Write a figure as .png (at twice the size on screen) or .svg; returns the path."""
+    path = Path(path)
+    if path.suffix == ".svg":
+        path.write_text(to_svg(figure), encoding="utf-8")
+    elif path.suffix == ".png":
+        path.write_bytes(to_png(figure))
+    else:
+        raise ValueError(f"{path.name}: figures are saved as .png or .svg.")
+    return path
+
+
+def to_html(figure: Figure | Axes, alt: str, scale: float = 2.0) -> str:
+    """Draw a figure as an `<img>` with the PNG inside it and a text alternative.
+
+    Parameters
+    ----------
+    figure : Figure or Axes
+    alt : str
+        What the picture shows, for those who do not see it. Escaped here.
+    scale : float
+        Pixels of the PNG to one CSS pixel.
+    """
+    figure = _figure(figure)
+    data = base64.b64encode(to_png(figure, scale)).decode("ascii")
+    width = round(figure.get_figwidth() * DPI)
+    return (
+        f'<style>[data-jp-theme-light="false"] .ildlab-figure{{filter:brightness({DARK_BRIGHTNESS})}}</style>'
+        f'<img class="ildlab-figure" alt="{html.escape(alt, quote=True)}" width="{width}" '
+        f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
+    )

@@ -1,0 +1,172 @@
+"""Figures: what they draw is right, no pyplot, AA contrast in both themes, nothing told by colour alone."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from ildlab import plots, plots_base
+
+LIGHT, DARK = "#ffffff", "#111111"  # JupyterLab's --jp-layout-color0 in its two themes
+
+
+def brightened(colour: str) -> tuple[float, ...]:
+    """What CSS filter brightness() makes of a colour."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(min(1.0, c * plots_base.DARK_BRIGHTNESS) for c in to_rgb(colour))
+
+
+@pytest.fixture
+def scores():
+    rng = np.random.default_rng(0)
+    values = np.r_[0.95, 0.3, rng.uniform(0.02, 0.09, 8)]
+    table = pd.DataFrame(
+        {"score": values, "ci_low": values * 0.9, "ci_high": values * 1.1, "n": 16},
+        index=pd.Index(range(10), name="layer_id"),
+    )
+    table.attrs["metric"] = "block_influence"
+    return table
+
+
+def test_contrast_is_wcags():
+    assert plots.contrast("#000", "#fff") == pytest.approx(21)
+    assert plots.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)  # the known near miss
+
+
+def test_text_passes_aa_in_both_themes():
+    assert plots.contrast(plots_base.TEXT, LIGHT) >= 4.5
+    assert plots.contrast(brightened(plots_base.TEXT), DARK) >= 4.5
+    # Where no style sheet applies (a dark GitHub page), still far above what marks need.
+    assert plots.contrast(plots_base.TEXT, DARK) >= 3.5
+
+
+def test_marks_pass_three_to_one_in_both_themes():
+    for colour in (*plots_base.COLOURS, plots_base.LINE):
+        assert plots.contrast(colour, LIGHT) >= 3, colour
+        assert plots.contrast(brightened(colour), DARK) >= 3, colour
+
+
+def test_every_text_of_a_figure_is_in_the_tested_grey(scores):
+    from matplotlib.colors import to_hex
+    from matplotlib.text import Text
+
+    ax = plots.importance(scores, tied=[4])
+    ax.figure.draw_without_rendering()
+    for text in ax.figure.findobj(Text):
+        if text.get_text() and text.get_visible():
+            assert to_hex(text.get_color()) == plots_base.TEXT, text.get_text()
+
+
+def test_importance_draws_the_scores_and_marks_the_least(scores):
+    ax = plots.importance(scores, tied=[7])
+    heights = [p.get_height() for p in ax.patches[:10]]
+    assert heights == pytest.approx(scores["score"].tolist())
+    least = scores["score"].idxmin()
+    assert ax.patches[least].get_hatch() and not ax.patches[(least + 1) % 10].get_hatch()
+    texts = [t.get_text() for t in ax.texts]
+    assert f"▼ {least}" in texts and "≈" in texts
+    assert ax.get_xlabel() == "layer id" and "cosine" in ax.get_ylabel()
+    assert ax.get_yscale() == "log"
+
+
+def test_importance_takes_the_axes_given_and_hatches_what_is_gone(scores):
+    figure = Figure()
+    mine = figure.add_subplot()
+    ax = plots.importance(scores.drop([4]), chosen=9, ax=mine, removed=[11])
+    assert ax is mine
+    hatched = [p for p in ax.patches if p.get_hatch() == "xxx"]
+    assert len(hatched) == 3  # 4 between the scored ones, 10 and 11 above them
+    assert "▼ 9" in [t.get_text() for t in ax.texts]
+
+
+def test_importance_with_negative_scores_is_linear():
+    ax = plots.importance({0: 0.5, 1: -0.01, 2: 0.2}, metric="nll")
+    assert ax.get_yscale() == "linear" and "nats/token" in ax.get_ylabel()
+
+
+def test_no_scores_is_an_error_in_words(scores):
+    with pytest.raises(ValueError, match="measure first"):
+        plots.importance(scores.iloc[:0])
+    with pytest.raises(ValueError, match="measure first"):
+        plots.importance_by_iteration([], [])
+    with pytest.raises(ValueError, match="column 'score'"):
+        plots.importance(scores.drop(columns="score"))
+
+
+def test_importance_by_iteration_keeps_layer_ids(scores):
+    runs = [scores, scores.drop(5), scores.drop([5, 9])]
+    ax = plots.importance_by_iteration(runs, [5, 9])
+    grid = ax.images[0].get_array()
+    assert grid.shape == (3, 10)
+    assert grid.mask.nonzero()[0].tolist() == [1, 2, 2] and grid.mask.nonzero()[1].tolist() == [5, 5, 9]
+    assert len([p for p in ax.patches if p.get_hatch()]) == 3
+    assert [t.get_position() for t in ax.texts] == [(5, 0), (9, 1)]
+
+
+def test_loss_curves_keeps_kl_and_mse_apart():
+    steps = np.arange(1, 41)
+    history = pd.DataFrame(
+        {"step": steps, "kl": np.exp(-steps / 9.0), "mse_trainable": 2.0 / steps, "mse_last": 9.0 / steps}
+    )
+    left = plots.loss_curves(history)
+    right = left.figure.axes[1]
+    assert "KL" in left.get_ylabel() and "MSE" in right.get_ylabel()
+    assert left.lines[0].get_ydata() == pytest.approx(history["kl"])
+    assert {line.get_linestyle() for line in right.lines} >= {"-", "--"}
+    one = plots.loss_curves(pd.DataFrame({"step": [1], "kl": [2.0]}))
+    assert "not part" in one.figure.axes[1].texts[0].get_text()
+
+
+def test_quality_has_both_lines_and_the_parameters():
+    table = pd.DataFrame(
+        {
+            "n_removed": [2, 0, 1],
+            "perplexity_before": [60.0, np.nan, 50.0],
+            "perplexity_after": [49.0, 43.0, 45.0],
+            "parameters": [127e6, 134e6, 131e6],
+        }
+    )
+    ax = plots.quality(table, teacher=43.0)
+    before, after = ax.lines[:2]
+    assert before.get_xdata().tolist() == [1, 2] and after.get_ydata().tolist() == [43, 45, 49]
+    assert before.get_linestyle() != after.get_linestyle() and before.get_marker() != after.get_marker()
+    second = ax.figure.axes[-1]
+    assert second is not ax and "parameters" in second.get_ylabel()
+    with pytest.raises(ValueError, match="n_removed"):
+        plots.quality(table.drop(columns="n_removed"))
+
+
+def test_png_is_transparent_and_twice_the_size(scores):
+    from PIL import Image
+
+    ax = plots.importance(scores)
+    with Image.open(io.BytesIO(plots.to_png(ax))) as image:
+        assert image.mode == "RGBA" and image.getpixel((0, 0))[3] == 0
+        assert image.width == round(ax.figure.get_figwidth() * 200)
+
+
+def test_html_escapes_the_alternative_text(scores):
+    out = plots.to_html(plots.importance(scores), 'say "<b>hi</b>" & go')
+    assert "&quot;&lt;b&gt;hi&lt;/b&gt;&quot; &amp; go" in out and "<b>" not in out
+
+
+def test_save_writes_png_and_svg(tmp_path, scores):
+    ax = plots.importance(scores)
+    assert plots.save(ax, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in plots.save(ax, tmp_path / "a.svg").read_text()
+    with pytest.raises(ValueError, match="png"):
+        plots.save(ax, tmp_path / "a.bmp")
+
+
+def test_pyplot_is_never_loaded():
+    code = (
+        "import sys, pandas as pd\nfrom ildlab import plots\n"
+        "plots.to_png(plots.importance({0: 1.0, 1: 2.0}))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
