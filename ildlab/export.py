@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .cache import disk_error
 from .errors import ExportError
+from .models import quiet
 from .stack import LayerStack
 
 if TYPE_CHECKING:
@@ -128,7 +129,14 @@ def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teac
         once: dict[int, Tensor] = {}
         for name, original in stack.model.state_dict().items():
             state[name] = once.setdefault(original.data_ptr(), state[name])
-        stack.model.save_pretrained(folder, state_dict=state)
+        with quiet():
+            stack.model.save_pretrained(folder, state_dict=state)
+        # transformers writes the dtype of the model in memory; the file is what `dtype` says.
+        written = json.loads((folder / "config.json").read_text())
+        written["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes it 0600
     finally:
         config.dtype = before[1]
         if before[0] is None:
@@ -150,9 +158,10 @@ def examine(folder: str | Path, student: LayerStack, tokenizer) -> Verdict:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=student.model.dtype, use_safetensors=True, output_loading_info=True
-        )
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=student.model.dtype, use_safetensors=True, output_loading_info=True
+            )
     except Exception as error:
         raise ExportError(f"The checkpoint does not load with stock transformers: {error}") from error
     odd = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}

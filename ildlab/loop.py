@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from .errors import SessionError
-from .progress import Progress
+from .progress import Progress, relabel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         session._append("run", args=asdict(settings))
     whole = len(session.student) == len(session.teacher)
     if whole and session._teacher_evaluation(settings.suite or session.config.suite) is None:
-        yield from _relabel(session.evaluate_steps(settings.suite), 0, 1, "evaluate the teacher")
+        yield from relabel(session.evaluate_steps(settings.suite), "evaluate the teacher", (0, 1))
     total = len(session.student) - goal
     while True:
         left = len(session.student)
@@ -49,17 +49,17 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
             break
         name = f"{left} layers: {phase}"
         if phase == "measure":
-            yield from _relabel(session.measure_steps(), done, total, name)
+            yield from relabel(session.measure_steps(), name, (done, total))
         elif phase == "remove":
             layer_id = session.remove()
             yield Progress(done, total, f"{left} layers: removed layer {layer_id}")
         elif phase == "distill":
-            yield from _relabel(session.distill_steps(), done, total, name)
+            yield from relabel(session.distill_steps(), name, (done, total))
         else:
             # Speed is a matter of depth alone: measure it once an iteration.
             speed = phase == "evaluate" or not settings.distill
             work = session.evaluate_steps(settings.suite, speed=speed)
-            found = yield from _relabel(work, done, total, name)
+            found = yield from relabel(work, name, (done, total))
             yield Progress(
                 done, total, f"{left} layers: perplexity {found.perplexity:.2f}, KL {found.kl:.4f}"
             )
@@ -126,18 +126,3 @@ def _undo_if_over(session: PruningSession, limit: float | None) -> bool:
     good = [step for step in before if step.action not in ("measure", "run")][-1]
     session.undo(good.step, reason="max_loss")
     return True
-
-
-def _relabel(work, done: int, total: int, name: str):
-    """Pass a phase's progress on as part of the whole run's."""
-    return_value = None
-    try:
-        while True:
-            progress = next(work)
-            note = f"{name} {progress.done}/{progress.total} {progress.note}".strip()
-            yield Progress(done, total, note, progress.partial)
-    except StopIteration as stop:
-        return_value = stop.value
-    finally:
-        work.close()
-    return return_value

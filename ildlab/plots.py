@@ -35,6 +35,7 @@ from ildlab.plots_base import (
     new_axes,
     norm_of,
     save,
+    show,
     style,
     to_html,
     to_png,
@@ -52,6 +53,7 @@ __all__ = [
     "save",
     "to_html",
     "to_png",
+    "show",
     "to_svg",
     "token_label",
 ]

@@ -248,3 +248,21 @@ def to_html(figure: Figure | Axes, alt: str, scale: float = 2.0) -> str:
         f'<img class="ildlab-figure" alt="{html.escape(alt, quote=True)}" width="{width}" '
         f'style="max-width:100%;height:auto" src="data:image/png;base64,{data}">'
     )
+
+
+class Shown:
+    """A figure as a notebook shows it: a picture with a text alternative, on dark and light themes."""
+
+    def __init__(self, figure: Figure | Axes, alt: str):
+        self.figure, self.alt = _figure(figure), alt
+
+    def _repr_html_(self) -> str:
+        return to_html(self.figure, self.alt)
+
+    def __repr__(self) -> str:
+        return f"[figure: {self.alt}]"
+
+
+def show(figure: Figure | Axes, alt: str) -> Shown:
+    """Let a notebook cell end in a figure; `alt` says what it shows to those who do not see it."""
+    return Shown(figure, alt)

@@ -38,6 +38,31 @@ class Progress:
 Work = Generator[Progress, None, T]
 
 
+def relabel(work: Work[T], label: str, of: tuple[int, int] | None = None) -> Work[T]:
+    """Pass a generator's progress on under a label; as a stage of longer work where `of` is given.
+
+    Parameters
+    ----------
+    work : generator of Progress
+    label : str
+        Stands before each note.
+    of : (done, total), optional
+        Of the longer work; the stage's own counts then go into the note.
+    """
+    try:
+        while True:
+            progress = next(work)
+            if of is None:
+                yield Progress(progress.done, progress.total, f"{label}{progress.note}", progress.partial)
+            else:
+                note = f"{label} {progress.done}/{progress.total} {progress.note}".strip()
+                yield Progress(*of, note, progress.partial)
+    except StopIteration as stop:
+        return stop.value
+    finally:
+        work.close()
+
+
 def lines(work: Work[T], *, every: float = 10.0) -> T:
     """Run a generator of `Progress` to its end, printing plain lines; for logs and batch notebooks.
 

@@ -26,7 +26,7 @@ from .history import history_table, losses_table
 from .journal import CHANGES_STUDENT, Journal, Step
 from .loop import RunSettings, run_steps
 from .models import LoadedModel, load_model
-from .progress import Progress, drive
+from .progress import Progress, drive, relabel
 from .scores import LayerScores, measure_steps
 from .stack import LayerStack
 from .text import TextBlocks, load_text
@@ -487,7 +487,8 @@ class PruningSession:
             bare = self.teacher.share()
             for layer_id in self.removed:
                 bare.remove(layer_id)
-            plain = yield from evaluate_steps(bare, self.teacher, blocks, speed=False)
+            work = evaluate_steps(bare, self.teacher, blocks, speed=False)
+            plain = yield from relabel(work, "(never distilled) ")
             undistilled = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
         self._append(
             "evaluate",
