@@ -144,7 +144,7 @@ def distill_steps(
                 group["lr"] = learning_rate
             index = _rows_of(step, rows, config)
             positions = _positions_of(step, index, block, mask, config)
-            counts = _counts(index, block, mask, positions)
+            counts = _counts(index, block, mask, positions, config)
             module.squares.zero_()
             sums: Tensor | float = 0.0
             mine = list(range(rank, len(index), world))
@@ -306,8 +306,10 @@ def _positions_of(step, index, block, mask, config) -> Tensor | None:
     return draw.topk(config.kl_positions, dim=1).indices.sort(dim=1).values
 
 
-def _counts(index, block, mask, positions) -> Counts:
-    """What each term's sum over the global batch is divided by."""
+def _counts(index, block, mask, positions, config) -> Counts:
+    """What each term's sum over the global batch is divided by: tokens that count."""
+    if config.reduction == "paper":  # where padding counts as well
+        return Counts(len(index) * block, len(index) * block, 1)
     here = torch.ones(len(index), block) if mask is None else mask[index].float()
     follows = here * torch.cat([here[:, 1:], torch.zeros(len(index), 1)], dim=1)
     hidden = here.sum()

@@ -59,6 +59,9 @@ class DistillStep(nn.Module):
         last = student.layer_ids[-1]
         # Point -> the teacher's depth whose hidden state it meets: after the layer of the same id.
         self.depth = {i: len(teacher) if i == last else teacher.position(i) + 1 for i in points}
+        # The published formula adds both terms, even where the last trainable layer is the last layer.
+        both = config.reduction == "paper" and config.hidden_at == "last_trainable+last" and len(points) == 1
+        self.times = 2 if both else 1
         self.squares = torch.zeros(2)
 
     @property
@@ -109,7 +112,7 @@ class DistillStep(nn.Module):
                 a, b = normed(student, a), normed(self.teacher, b).detach()
             distance = hidden_distance(a, b, config.hidden_loss)
             total = distance.sum() if paper else (distance * mask).sum()
-            loss = loss + total * (config.hidden_weight / counts.hidden)
+            loss = loss + total * (config.hidden_weight * self.times / counts.hidden)
             distances.append(total.detach())
 
         stats = torch.zeros(3, device=final.device)

@@ -73,7 +73,8 @@ def sample_steps(
     tokens: int,
     rows: int = 96,
     length: int = 256,
-    temperature: tuple[float, float] = (0.75, 1.0),
+    temperature: tuple[float, float] = (0.8, 1.0),
+    min_p: float = 0.03,
     chat: float = 0.15,
     bare: float = 0.1,
     seed: int = 0,
@@ -90,6 +91,9 @@ def sample_steps(
         Rows that decode together, and tokens in a row.
     temperature : (float, float)
         Each row draws its own between these: low ones stay on topic, high ones vary.
+    min_p : float
+        Tokens less likely than this part of the likeliest are not drawn: one of them is enough to derail a
+        small model for the rest of its document.
     chat, bare : float
         Parts of the rows that open with a chat question, and with nothing but the end-of-text token.
     seed : int
@@ -134,14 +138,16 @@ def sample_steps(
         low, high = temperature
         heat = torch.tensor([[low + (high - low) * draw.random()] for _ in range(rows)], device=device)
         written: list[list[int]] = [[] for _ in range(rows)]
-        cache, feed = None, torch.tensor([[q.pop(0)] for q in queues], device=device)
+        cache, feed = _cache(model, length), torch.tensor([[q.pop(0)] for q in queues], device=device)
         for step in range(length):
             with torch.no_grad():
                 out = model(input_ids=feed, past_key_values=cache, use_cache=True)
-                cache, logits = out.past_key_values, out.logits[:, -1].float()
+                logits = out.logits[:, -1].float()
                 logits[:, banned] = -torch.inf
                 # By the inverse of the cumulative distribution: several times faster than multinomial here.
-                ladder = logits.div_(heat).softmax(-1).cumsum(-1)
+                chance = logits.div_(heat).softmax(-1)
+                chance.mul_(chance >= min_p * chance.amax(-1, keepdim=True))
+                ladder = chance.cumsum(-1)
                 at = torch.rand(rows, 1, generator=generator, device=device) * ladder[:, -1:]
                 drawn = (
                     torch.searchsorted(ladder, at, right=True).clamp_max(logits.shape[-1] - 1)[:, 0].tolist()
@@ -160,6 +166,30 @@ def sample_steps(
         for row in written:
             texts.extend(_documents(row, end, tokenizer))
     return texts
+
+
+def _cache(model: torch.nn.Module, length: int):
+    """Build the model's own KV cache, with buffers that are not copied at every token."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class Grown(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            start = self.get_seq_length()
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.room = [
+                    torch.empty(*x.shape[:2], length, x.shape[3]) for x in (key_states, value_states)
+                ]
+                self.room = [x.to(key_states) for x in self.room]
+            end = start + key_states.shape[2]
+            for room, new in zip(self.room, (key_states, value_states), strict=True):
+                room[:, :, start:end] = new
+            self.keys, self.values = (room[:, :, :end] for room in self.room)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Grown() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _documents(row: list[int], end: int, tokenizer: Any) -> Iterator[str]:

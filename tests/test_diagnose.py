@@ -1,0 +1,63 @@
+"""Failure signatures from an iteration table."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from ildlab.diagnose import Thresholds, diagnose
+
+NAN = float("nan")
+
+
+def table(**columns):
+    length = len(next(iter(columns.values())))
+    return pd.DataFrame(
+        {"n_removed": range(length), "layer_id": [NAN, *range(20, 20 + length - 1)], **columns}
+    )
+
+
+def names(found):
+    return [(f.signature, f.n_removed) for f in found]
+
+
+def test_a_healthy_run_has_no_findings():
+    healthy = table(kl=[NAN, 0.1, 0.15, 0.2, 0.25], kl_pruned=[NAN, 0.3, 0.3, 0.4, 0.5], aggregate=[0.6] * 5)
+    assert diagnose(healthy) == []
+    assert diagnose([]) == []
+
+
+def test_pruning_without_distillation():
+    rows = table(aggregate=[0.6, 0.54, 0.48, 0.42, 0.36, 0.29], kl_pruned=[NAN, 0.3, 0.6, 0.9, 1.2, 1.5])
+    assert names(diagnose(rows)) == [("pruning without distillation", 5)]
+    # The same figures after distillation are another matter, and three removals are too few to call it that.
+    assert "pruning without distillation" not in {
+        f.signature for f in diagnose(rows.assign(kl=rows.kl_pruned * 0.9))
+    }
+    assert diagnose(rows, thresholds=Thresholds(aggregate_floor=0.2)) == []
+
+
+def test_essential_layer_by_aggregate_and_by_kl():
+    found = diagnose(table(aggregate=[0.6, 0.58, 0.4], kl=[NAN, 0.1, 0.3]))
+    assert names(found) == [("essential layer", 2)]
+    assert found[0].layer_id == 21 and "layer 21" in str(found[0])
+    assert names(diagnose(table(kl_pruned=[NAN, 0.2, 1.5], kl=[NAN, 0.1, 0.5]))) == [("essential layer", 2)]
+    # Drops add up over removals; none of these is sharp alone.
+    assert diagnose(table(aggregate=[0.6, 0.54, 0.48, 0.42])) == []
+
+
+def test_no_recovery():
+    found = diagnose(table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58]))
+    assert names(found) == [("no recovery", 2)]
+    assert "5%" in found[0].seen  # (0.60 - 0.58) / (0.60 - 0.20)
+    assert (
+        diagnose(table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58]), thresholds=Thresholds(recovery=0.01))
+        == []
+    )
+
+
+@pytest.mark.parametrize("error", ["The loss stopped being finite at step 3", ValueError("KL is NaN")])
+def test_not_finite(error):
+    found = diagnose(table(kl=[NAN, 0.1]), errors=[error, "some other error"])
+    assert [f.signature for f in found] == ["not finite"]
+    assert "learning rate" in found[0].advice
