@@ -386,8 +386,8 @@ def test_killed_process_resumes(tiny, tmp_path):
     other, teacher = pair(tiny)
     again = distill(other, teacher, rows(), config, gap=2).history
     assert again.loss.tolist() == whole.loss.tolist()
-    from ildlab.distill_state import identity, load_checkpoint  # the whole curve is in the checkpoint
     from ildlab.distill_state import fingerprint as mark
+    from ildlab.distill_state import identity, load_checkpoint  # the whole curve is in the checkpoint
 
     name = identity(config, [3, 4], [2], student.layer_ids, mark(rows()))
     assert [r["loss"] for r in load_checkpoint(out, name)["history"]] == whole.loss.tolist()
@@ -505,3 +505,56 @@ def test_smollm2_heals(teacher, blocks):
     assert result.trained == list(range(21, 30))
     assert result.history.kl.iloc[-2:].mean() < 0.85 * result.history.kl.iloc[0]
     assert math.isfinite(result.tokens_per_second)
+
+
+def test_two_processes_equal_one(tiny, tmp_path, teacher):
+    """`accelerate launch -m ildlab.distill`: the same curve at the same global batch."""
+    small = tiny(4, vocab=49152, hidden=16)
+    small.save_pretrained(tmp_path / "model")
+    teacher.tokenizer.save_pretrained(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "\n\n".join(f"Paragraph {i} says that {i} and {i} make {2 * i}, which is even." for i in range(400))
+    )
+    curves = []
+    for processes in (1, 2):
+        plan = {
+            "teacher": str(tmp_path / "model"),
+            "removed": [1],
+            "text": str(text),
+            "block": 16,
+            "text_tokens": 16 * 32,
+            "dtype": "float32",
+            "device": "cpu",
+            "config": {
+                "tokens": 16 * 4 * 6,
+                "batch_size": 4,
+                "kl_positions": 7,
+                "micro_batch": 1,
+                "learning_rate": 1e-3,
+            },
+            "metrics": str(tmp_path / f"{processes}.jsonl"),
+            "out": str(tmp_path / f"{processes}.safetensors"),
+        }
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        command = [sys.executable, "-m"]
+        if processes == 2:
+            command += ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+            command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+        done = subprocess.run(
+            [*command, "ildlab.distill", str(tmp_path / "plan.json")],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / f"{processes}.jsonl").read_text().splitlines()
+        curves.append([json.loads(line) for line in lines])
+    assert len(curves[0]) == len(curves[1]) == 6
+    for name in ("loss", "kl", "hidden", "agreement", "grad_norm", "grad_kl", "grad_hidden"):
+        one, two = ([r[name] for r in curve] for curve in curves)
+        assert one == pytest.approx(two, rel=1e-4), name
+    from safetensors.torch import load_file
+
+    one, two = (load_file(tmp_path / f"{n}.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
