@@ -185,7 +185,7 @@ def logit_lens(
         for layer, hidden in zip(_labels(stack), _walk(stack, stack.trunk(ids)), strict=True):
             log_p = torch.log_softmax(stack.logits(hidden[0]).float(), -1)
             best = log_p.topk(top, -1)
-            entropy = -(log_p.exp() * log_p).sum(-1).tolist()
+            entropy = (-(log_p.exp() * log_p).sum(-1)).tolist()
             following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp().tolist() + [
                 np.nan
             ]

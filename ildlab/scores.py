@@ -102,20 +102,21 @@ class LayerScores:
 
     @property
     def finalists(self) -> list[int]:
-        """Layers scored on the most sequences: all of them, but for a race."""
-        n = self.table["n"]
-        return [int(i) for i in self.table.index[n == n.max()]]
+        """Layers scored to the end: all of them, but for a race."""
+        n, dropped = self.table["n"], self.details.get("dropped", {})
+        return [int(i) for i in self.table.index[n == n.max()] if str(i) not in dropped]
 
     @property
     def least_important(self) -> int:
-        """Layer id with the lowest score (of those scored on the most sequences)."""
+        """Layer id with the lowest score (in a race, of those left at its end)."""
         return int(self.table.loc[self.finalists, "score"].idxmin())
 
     @property
     def ranking(self) -> list[int]:
         """Layer ids, least important first. A layer that a race dropped stands after those kept longer."""
-        order = self.table.reset_index().sort_values(["n", "score"], ascending=[False, True], kind="stable")
-        return [int(i) for i in order["layer_id"]]
+        last = set(self.finalists)
+        table = self.table
+        return sorted(self.layer_ids, key=lambda i: (i not in last, -table.at[i, "n"], table.at[i, "score"]))
 
     @cached_property
     def _differences(self) -> np.ndarray:
@@ -156,7 +157,7 @@ class LayerScores:
     def split_half(self, splits: int = 200, seed: int = 0) -> float:
         """Spearman correlation of the ranking on one half of the sequences with that on the other.
 
-        The mean over random splits, of the layers scored on the most sequences. 1: the ranking is
+        The mean over random splits, of the `finalists`. 1: the ranking is
         free of noise at half of this text; NaN where there are fewer than 4 sequences or 3 layers.
         """
         columns = [self.layer_ids.index(i) for i in self.finalists]
@@ -210,10 +211,9 @@ class LayerScores:
 
     def _repr_html_(self) -> str:
         tied, least = set(self.tied[1:]), self.least_important
-        order = [i for i in self.ranking]
         top = max(float(np.nanmax(self.table[["score", "ci_high"]].to_numpy(float))), 1e-30)
         rows = []
-        for layer_id in order:
+        for layer_id in self.ranking:
             r = self.table.loc[layer_id]
             width, low, high = (
                 100 * min(1.0, max(0.0, v / top)) if v == v else 0 for v in (r.score, r.ci_low, r.ci_high)
