@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from ildlab.samples import Positions, Rows
 from ildlab.scores import measure
 from ildlab.stack import LayerStack
 
@@ -118,27 +119,19 @@ def test_lrp(small, tokens):
 
 @pytest.mark.parametrize("positions", [None, 4])
 def test_taylor_is_the_derivative(small, tokens, positions):
-    """d NLL / d s at s = 1 of the whole model with one layer's update scaled by s, by differences in fp64."""
-    from ildlab.samples import Positions, Rows
-
+    """-d NLL / d s at s = 1 of each sequence, with every layer's update scaled by an s of its own, in fp64."""
     double = LayerStack(copy.deepcopy(small.model).double(), small.layer_ids)
-    trunk = double.trunk(tokens)
     places = Positions.sample(Rows.of(tokens), positions, 3, predict=True)
-
-    def nll(which, scale):
-        hidden = trunk.h0
-        for q in range(len(double)):
-            update = double.run(q, hidden, trunk) - hidden
-            hidden = hidden + (scale if q == which else 1.0) * update
-        log_p = double.logits(hidden).log_softmax(-1)
-        at = log_p.gather(1, places.index[..., None].expand(-1, -1, 97)).gather(2, places.targets[..., None])
-        return -at[..., 0].mean(1)
-
-    with torch.no_grad():
-        step = 1e-5
-        want = torch.stack([-(nll(q, 1 + step) - nll(q, 1 - step)) / (2 * step) for q in range(5)], 1)
+    scale = torch.ones(len(tokens), 5, dtype=torch.float64, requires_grad=True)
+    trunk = double.trunk(tokens)
+    hidden = trunk.h0
+    for q in range(5):
+        hidden = hidden + scale[:, q, None, None] * (double.run(q, hidden, trunk) - hidden)
+    log_p = double.logits(hidden).log_softmax(-1)
+    at = log_p.gather(1, places.index[..., None].expand(-1, -1, 97)).gather(2, places.targets[..., None])
+    (want,) = torch.autograd.grad(at.mean(1).sum(), scale)
     got = measure(small, tokens, "taylor", positions=positions, seed=3, batch_size=2, chunk_bytes=97 * 4 * 7)
-    np.testing.assert_allclose(got.per_sequence, want, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(got.per_sequence, want, rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in small.model.parameters())
 
 
