@@ -268,6 +268,8 @@ def measure_steps(
     if metric not in METRICS:
         raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
     if metric == "task":
+        if positions is not None:
+            raise MeasureError("positions=: 'task' scores the continuations of the suite's rows.")
         return (yield from _task_steps(student, race=race, seed=seed, confidence=confidence, **options))
     rows = Rows.of(blocks)
     if metric != "magnitude" and len(rows.tokens) < 2:
@@ -330,7 +332,7 @@ def measure(
         (`ildlab.influence` defines them). Exact ablation by a trunk-shared sweep
         (`ildlab.ablation`): `"nll"`, the increase of the negative log-likelihood per token when the
         layer is skipped; `"kl"`, KL(teacher || student without the layer) per token; in nats.
-        `"task"`: the loss of a suite's aggregate (needs `suite=`).
+        `"task"`: the drop of a suite's aggregate (needs `suite=` and `tokenizer=`, reads no blocks).
     teacher : LayerStack, optional
         For `"kl"`.
     race : bool
@@ -364,7 +366,7 @@ def measure(
 
 
 def _check_options(steps, metric: str, options: dict) -> None:
-    known = set(inspect.signature(steps).parameters) - {"student", "rows", "metric", "teacher"}
+    known = set(inspect.signature(steps).parameters) - {"student", "rows", "metric", "teacher", "suite"}
     if unknown := sorted(set(options) - known):
         raise MeasureError(
             f"measure({metric!r}) has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
@@ -372,9 +374,10 @@ def _check_options(steps, metric: str, options: dict) -> None:
 
 
 def _task_steps(student, *, suite=None, **options):
-    """Hand over to `ildlab.task_ablation`: the change of a suite's aggregate without each layer."""
-    if suite is None:
-        raise MeasureError("The metric 'task' needs a suite: give suite=.")
+    """Hand over to the evaluation: the drop of a suite's aggregate without each layer."""
     from .task_ablation import task_steps
 
+    if suite is None:
+        raise MeasureError("The metric 'task' needs a suite: give suite= (and tokenizer=).")
+    _check_options(task_steps, "task", options)
     return (yield from task_steps(student, suite=suite, **options))
