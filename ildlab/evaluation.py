@@ -9,7 +9,6 @@ from typing import Any
 from .aggregate import Estimate, SuiteResult, quality_loss
 from .errors import SuiteError
 
-
 _SUITES = ("suite", "teacher_suite", "canaries", "teacher_canaries")
 
 

@@ -92,7 +92,8 @@ def load_suite(suite: Any, *, limit: int | None = None, hub_root: str | Path | N
         - a name of those that ship: `"mini7"`, `"canaries"`, `"paper7"`;
         - a `.yaml` file;
         - `"file:rows.jsonl"` (or `.txt`), several with commas: each file is a task;
-        - `"lm-eval:arc_easy,piqa"`: tasks of lm-eval (see `ildlab.lm_eval_bridge`).
+        - `"lm-eval:arc_easy,piqa"`: tasks of lm-eval (see `ildlab.lm_eval_bridge`);
+        - any of these with `@n`, such as `"mini7@40"`: at most n rows a task.
     limit : int, optional
         At most so many rows a task.
     hub_root : path, optional
@@ -108,6 +109,9 @@ def load_suite(suite: Any, *, limit: int | None = None, hub_root: str | Path | N
         Unknown name, unreadable file, malformed row (names file and line), Hub out of reach.
     """
     if isinstance(suite, (str, os.PathLike)):
+        name, mark, rows = str(suite).rpartition("@")
+        if mark and rows.isdigit():
+            return load_suite(name, limit=min(int(rows), limit or int(rows)), hub_root=hub_root)
         loaded = _load(str(suite), hub_root)
     elif hasattr(suite, "fingerprint"):
         loaded = suite

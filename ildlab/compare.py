@@ -1,0 +1,214 @@
+"""The paper's comparison: five ways to choose and heal layers, each a run of its own, on one suite.
+
+Each method has a `PruningSession` in `folder/<method>`; its journal says how far it is, so that a
+comparison that was stopped goes on where it stood. The methods carry the names of the published curves
+(`data/published/qwen2.5-3b_aggregate_curves.csv`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from .cache import data_dir
+from .errors import SessionError
+from .evaluation import Evaluation
+from .models import LoadedModel
+from .progress import Progress
+from .session import PruningSession
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to prune.
+
+    Attributes
+    ----------
+    label : str
+        For a figure.
+    ablation : bool
+        Choose layers by ablation; else by Block Influence.
+    iterative : bool
+        Measure again before every removal; else once, on the teacher.
+    distill : bool
+        Distill after every removal.
+    """
+
+    label: str
+    ablation: bool
+    iterative: bool
+    distill: bool
+
+
+METHODS = {
+    "shortgpt": Method("ShortGPT (one pass of Block Influence)", False, False, False),
+    "iterative_block_influence": Method("iterative Block Influence", False, True, False),
+    "iterative_layerwise_pruning": Method("iterative layer-wise pruning", True, True, False),
+    "iterative_block_influence_distillation": Method(
+        "iterative Block Influence + distillation", False, True, True
+    ),
+    "iterative_layerwise_distillation": Method("iterative layer-wise distillation", True, True, True),
+}
+
+
+def compare_steps(
+    folder: str | Path,
+    teacher: LoadedModel,
+    *,
+    remove: int = 8,
+    suite: str = "mini7",
+    methods: Sequence[str] = tuple(METHODS),
+    evaluate_every: int = 1,
+    ablation: str = "kl",
+    ablation_options: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Generator[Progress, None, pd.DataFrame]:
+    """Run the methods one after another, each from where its journal stands.
+
+    Parameters
+    ----------
+    folder : path
+        Of the comparison; a run folder for each method lies in it.
+    teacher : LoadedModel
+        Shared by all runs.
+    remove : int
+        Layers to remove.
+    suite : str
+        Whose aggregate is the curve.
+    methods : sequence of str
+        Keys of `METHODS`.
+    evaluate_every : int
+        Removals between two points of a curve (the last is always one).
+    ablation : str
+        Metric of the ablation methods: `"kl"`, `"nll"`, or `"task"` (the paper's: the suite itself).
+    ablation_options : dict, optional
+        For `measure`, such as `{"race": True, "positions": 32}`.
+    **settings
+        Fields of `SessionConfig`: text, tokens, distill, seed, ...
+
+    Yields
+    ------
+    Progress
+        `partial` is the table so far.
+
+    Returns
+    -------
+    DataFrame
+        See `curves`.
+
+    Raises
+    ------
+    SessionError
+        An unknown method, or more layers to remove than there are.
+    """
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise SessionError(f"Unknown method {', '.join(unknown)}. There are: {', '.join(METHODS)}.")
+    depth = teacher.model.config.get_text_config().num_hidden_layers
+    if not 1 <= remove < depth or evaluate_every < 1:
+        raise SessionError(
+            f"remove={remove} of {depth} layers, evaluate_every={evaluate_every}: give 1 to {depth - 1}."
+        )
+    folder, parts = Path(folder), []
+    for number, name in enumerate(methods):
+        method = METHODS[name]
+        metric, options = (ablation, ablation_options or {}) if method.ablation else ("block_influence", {})
+        if metric == "task":
+            options = {**options, "suite": suite}
+        own = folder / name
+        if (own / "config.json").exists():
+            session = PruningSession.open(own, teacher)
+        else:
+            session = PruningSession.create(
+                own, teacher, metric=metric, measure=options, suite=suite, **settings
+            )
+        with session:
+            for note in _advance(session, method, remove, evaluate_every, folder / "suites"):
+                table = pd.concat([*parts, curve(session, name)]) if len(session.path) > 1 else None
+                done = number * remove + len(session.removed)
+                yield Progress(done, len(methods) * remove, f"{method.label}: {note}", table)
+            parts.append(curve(session, name))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path):
+    """Do what a run lacks, step by step, judging by its journal alone; yields what comes next."""
+    while True:
+        gone = len(session.removed)
+        since = [step.action for step in session.path]
+        since = since[len(since) - since[::-1].index("remove") :] if gone else since
+        if gone and method.distill and "distill" not in since:
+            yield f"distilling after removal {gone} of {remove}"
+            yield from (f"distilling, {p.note}" for p in _every(session.distill_steps()))
+        elif (gone % every == 0 or gone == remove) and "evaluate" not in since:
+            yield f"evaluating at {gone} removed"
+            work = session.evaluate_steps(speed=False, cache=cache)
+            yield from (f"evaluating, {p.note}" for p in _every(work))
+        elif gone >= remove:
+            return
+        elif not method.iterative:
+            measured = [step.step for step in session.path if step.action == "measure"]
+            if not measured:
+                yield "measuring once"
+                yield from (f"measuring, {p.note}" for p in _every(session.measure_steps()))
+            else:
+                ranking = session.scores_at(measured[0]).ranking
+                session.remove(next(i for i in ranking if i not in session.removed))
+        elif "measure" not in since:
+            yield f"measuring for removal {gone + 1}"
+            yield from (f"measuring, {p.note}" for p in _every(session.measure_steps()))
+        else:
+            session.remove()
+
+
+def _every(work, seconds: float = 15.0):
+    """Pass on progress now and then: a batch notebook prints a line for each."""
+    last = time.perf_counter()
+    for progress in work:
+        if time.perf_counter() - last > seconds:
+            last = time.perf_counter()
+            yield progress
+
+
+def curve(session: PruningSession, name: str) -> pd.DataFrame:
+    """One row for each evaluation of a run.
+
+    Returns
+    -------
+    DataFrame
+        `method`, `layers_removed`, `share_removed`, `layer_id` (the last removed), `aggregate` with
+        `low` and `high`, `corrected`, `quality_loss` with `loss_low` and `loss_high`, `perplexity`,
+        `kl`, `parameters`, and a column for each task.
+    """
+    rows, removed = [], []
+    for step in session.path:
+        if step.action == "remove":
+            removed.append(step.args["layer_id"])
+        elif step.action == "evaluate":
+            found = Evaluation.from_dict(step.result["evaluation"])
+            if found.suite is None:
+                continue
+            interval, loss = found.suite.interval(), found.quality_loss_estimate()
+            rows.append(
+                {
+                    "method": name, "layers_removed": len(removed),
+                    "share_removed": len(removed) / found.teacher_layers,
+                    "layer_id": removed[-1] if removed else None, "aggregate": interval.value,
+                    "low": interval.low, "high": interval.high, "corrected": found.suite.aggregate_corrected,
+                    "quality_loss": loss.value, "loss_low": loss.low, "loss_high": loss.high,
+                    "perplexity": found.perplexity, "kl": found.kl, "parameters": found.parameters,
+                    **{task.name: task.score for task in found.suite.tasks.values()},
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def published_curves() -> pd.DataFrame:
+    """Curves of Qwen2.5-3B read off the authors' figure: method, layers_removed, aggregate, share_removed."""
+    table = pd.read_csv(data_dir() / "published" / "qwen2.5-3b_aggregate_curves.csv")
+    return table.assign(share_removed=table["layers_removed"] / 36)
