@@ -229,7 +229,7 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
     Parameters
     ----------
     history : DataFrame
-        Columns `step`, `kl` and any that begin with `mse`.
+        Columns `step`, `kl` and any that begin with `mse` or `hidden_`.
     ax : pair of Axes, optional
         For KL and for MSE.
 
@@ -253,7 +253,7 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
         [
             c
             for c in history.columns
-            if str(c).startswith("mse") and not str(c).endswith(("_grad", "_share", "_norm"))
+            if str(c).startswith(("mse", "hidden_")) and not str(c).endswith(("_grad", "_share", "_norm"))
         ],
     )
     for axes, columns, unit in zip(
