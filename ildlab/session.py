@@ -331,9 +331,12 @@ class PruningSession:
         metric = metric or self.config.metric
         options = {**self.config.measure, **options}
         seed = options.pop("seed", self._seed())
+        if metric == "task":
+            options.setdefault("suite", self.config.suite)
+        needs = {"tokenizer": self.tokenizer} if metric == "task" else {}
         started = time.perf_counter()
         scores = yield from measure_steps(
-            self.student, self.text("calibration"), metric, self.teacher, seed=seed, **options
+            self.student, self.text("calibration"), metric, self.teacher, seed=seed, **options, **needs
         )
         self._append(
             "measure",
@@ -464,7 +467,7 @@ class PruningSession:
         return drive(self.distill_steps(config, **changes), desc="distill", show=show)
 
     def evaluate_steps(
-        self, suite: str | None = None, **options: Any
+        self, suite: str | None = None, *, cache: Path | None = None, **options: Any
     ) -> Generator[Progress, None, Evaluation]:
         """Evaluate today's student; see `evaluate`."""
         suite = suite or self.config.suite
@@ -478,7 +481,7 @@ class PruningSession:
             tokenizer=self.tokenizer,
             suite=suite,
             teacher_record=teacher.teacher_record() if teacher else None,
-            cache=self.folder / "suites",
+            cache=cache or self.folder / "suites",
             **options,
         )
         undistilled = None

@@ -1,0 +1,82 @@
+"""The comparison of five methods: what each does, going on after a stop, and its figures."""
+
+import matplotlib
+import pandas as pd
+import pytest
+
+from ildlab import plots_suites
+from ildlab.compare import METHODS, compare_steps, curve, published_curves
+from ildlab.errors import SessionError
+from ildlab.models import LoadedModel
+from ildlab.progress import drive
+from ildlab.session import PruningSession
+
+SETTINGS = {
+    "suite": "mini7@1", "block": 16, "calibration_tokens": 64, "train_tokens": 64, "eval_tokens": 64,
+    "weights_dtype": "float32", "evaluate_every": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny, teacher):
+    return LoadedModel(tiny(4, vocab=len(teacher.tokenizer)), teacher.tokenizer, "tiny")
+
+
+@pytest.fixture(scope="module")
+def table(loaded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    first = compare_steps(folder, loaded, remove=2, **SETTINGS)
+    for progress in first:  # stopped in the middle of the second method
+        if "iterative Block Influence:" in progress.note and progress.done >= 3:
+            first.close()
+            break
+    return folder, drive(compare_steps(folder, loaded, remove=2, **SETTINGS))
+
+
+def test_every_method_has_a_curve_and_goes_on_where_it_stopped(table, loaded):
+    folder, curves = table
+    assert list(curves["method"].unique()) == list(METHODS)
+    for name, method in METHODS.items():
+        own = curves[curves["method"] == name]
+        assert list(own["layers_removed"]) == [0, 2]
+        assert own["quality_loss"].iloc[0] == 0
+        with PruningSession.open(folder / name, loaded) as session:
+            actions = [step.action for step in session.path]
+            assert actions.count("remove") == 2
+            assert actions.count("distill") == (2 if method.distill else 0)
+            assert actions.count("measure") == (2 if method.iterative else 1)
+            if not method.iterative:
+                first = next(step.step for step in session.path if step.action == "measure")
+                assert session.removed == session.scores_at(first).ranking[:2]
+            assert len(curve(session, name)) == 2
+
+
+def test_the_teacher_is_scored_once(table):
+    folder, _ = table
+    # The teacher, and each student at 2 removed; those of two methods may be one model.
+    assert 2 <= len(list((folder / "suites").glob("*.json"))) <= 1 + len(METHODS)
+
+
+def test_figures(table):
+    _, curves = table
+    ax = plots_suites.methods(curves)
+    assert isinstance(ax, matplotlib.axes.Axes)
+    assert len(ax.get_lines()) == len(METHODS) + 1
+    assert len(plots_suites.methods(published_curves(), over="share_removed").get_lines()) == 6
+    tasks = ["knowledge", "cloze", "summary"]
+    figure = plots_suites.task_panels(curves, tasks, chance={"knowledge": 0.25})
+    assert sum(ax.get_visible() for ax in figure.axes) == 3
+
+
+def test_published_curves_are_over_the_share_of_36_layers():
+    curves = published_curves()
+    assert isinstance(curves, pd.DataFrame)
+    assert set(curves["method"]) == set(METHODS)
+    assert curves["share_removed"].max() == pytest.approx(12 / 36)
+
+
+def test_bad_input(loaded, tmp_path):
+    with pytest.raises(SessionError, match="Unknown method magic"):
+        drive(compare_steps(tmp_path, loaded, methods=["magic"]))
+    with pytest.raises(SessionError, match="remove=4 of 4"):
+        drive(compare_steps(tmp_path, loaded, remove=4))
