@@ -40,9 +40,9 @@ demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoin
 	$(BIN)/python -m ildlab.demo
 
 test: setup browser  ## All tests, then every notebook against its saved outputs
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_FLAGS)
 	@if [ -n "$(NOTEBOOKS)" ]; then \
-		set -x; $(BIN)/python -m pytest --nbval-lax --timeout 900 $(NOTEBOOKS); \
+		set -x; $(BIN)/python -m pytest -n auto --dist loadfile --nbval-lax --nbval-cell-timeout 900 --timeout 900 $(NOTEBOOKS); \
 	else echo "No notebook to check."; fi
 
 # Browser tests are skipped where there is no Chromium and no right to install one.

@@ -27,12 +27,15 @@ class Progress:
         One short line for a person.
     partial : Any
         The result so far, where the work has one worth showing (scores, a loss record).
+    stage : str
+        What part of longer work this is, where it has parts.
     """
 
     done: int
     total: int
     note: str = ""
     partial: Any = None
+    stage: str = ""
 
 
 Work = Generator[Progress, None, T]
@@ -56,7 +59,7 @@ def relabel(work: Work[T], label: str, of: tuple[int, int] | None = None) -> Wor
                 yield Progress(progress.done, progress.total, f"{label}{progress.note}", progress.partial)
             else:
                 note = f"{label} {progress.done}/{progress.total} {progress.note}".strip()
-                yield Progress(*of, note, progress.partial)
+                yield Progress(*of, note, progress.partial, label)
     except StopIteration as stop:
         return stop.value
     finally:
@@ -70,17 +73,17 @@ def lines(work: Work[T], *, every: float = 10.0) -> T:
     ----------
     work : generator of Progress
     every : float
-        Seconds between two lines; a change of `done` is printed at once.
+        Seconds between two lines; a change of `done` or of the stage is printed at once.
     """
     start = last = time.perf_counter()
-    done = None
+    place = None
     try:
         while True:
             progress = next(work)
             now = time.perf_counter()
-            if progress.done != done or now - last >= every:
+            if (progress.done, progress.stage) != place or now - last >= every:
                 print(f"{now - start:6.0f} s  {progress.done}/{progress.total}  {progress.note}", flush=True)
-                done, last = progress.done, now
+                place, last = (progress.done, progress.stage), now
     except StopIteration as stop:
         return stop.value
     finally:
