@@ -53,6 +53,8 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         elif phase == "remove":
             layer_id = session.remove()
             yield Progress(done, total, f"{left} layers: removed layer {layer_id}")
+        elif phase == "heal":
+            yield from relabel(session.heal_steps(), name, (done, total))
         elif phase == "distill":
             yield from relabel(session.distill_steps(), name, (done, total))
         else:
@@ -77,7 +79,7 @@ def next_phase(session: PruningSession, distill: bool = True) -> str:
     Returns
     -------
     str
-        `"measure"`, `"remove"`, `"evaluate removal"`, `"distill"` or `"evaluate"`.
+        `"measure"`, `"remove"`, `"evaluate removal"`, `"heal"`, `"distill"` or `"evaluate"`.
     """
     actions: list[str] = []
     for step in session.path:
@@ -95,7 +97,7 @@ def next_phase(session: PruningSession, distill: bool = True) -> str:
         elif "evaluate" not in actions:
             return "evaluate removal"
         elif distill:
-            return "distill"
+            return "heal" if session.config.heal and "heal" not in actions else "distill"
     return "measure"
 
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .distill import DistillConfig, distill_steps
+from .distill import DistillConfig, distill_steps, resolve_scope
 from .errors import DistillError, JournalError, SessionError
 from .evaluate import Evaluation, evaluate_steps
+from .heal import HealResult, heal_steps
 from .history import history_table, losses_table
 from .journal import CHANGES_STUDENT, Journal, Step
 from .loop import RunSettings, run_steps
@@ -57,6 +58,8 @@ class SessionConfig:
         Further arguments of `measure`, such as `{"race": True, "positions": 64}`.
     distill : dict
         Fields of `DistillConfig` that differ from its defaults.
+    heal : bool
+        Whether the loop tries closed-form healing before it distills.
     suite : str, optional
         Suite whose aggregate decides; without one, perplexity does.
     seed : int
@@ -75,6 +78,7 @@ class SessionConfig:
     metric: str = "kl"
     measure: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
+    heal: bool = False
     suite: str | None = None
     seed: int = 0
     weights_dtype: str = "bfloat16"
@@ -97,7 +101,7 @@ class PruningSession:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
         self.teacher = LayerStack(loaded.model)
-        self._text: dict[str, TextBlocks] = {}
+        self._text: dict[tuple[str, int], TextBlocks] = {}
         self.student = self.teacher.share()
 
     # ------------------------------------------------------- making, opening
@@ -254,19 +258,20 @@ class PruningSession:
         return None
 
     def text(self, split: str) -> TextBlocks:
-        """The run's text blocks of a split: `"calibration"`, `"train"` or `"eval"`."""
-        if split not in self._text:
+        """The run's text blocks of a split: `"calibration"`, `"train"` or `"eval"`.
+
+        Training text is drawn anew after each removal, so that a longer run sees more text; the others
+        stay the same, so that scores and evaluations compare.
+        """
+        seed = self._seed() if split == "train" else self.config.seed
+        if (split, seed) not in self._text:
             tokens = getattr(self.config, f"{split}_tokens")
             source = (self.config.eval_text or self.config.text) if split == "eval" else self.config.text
-            self._text[split] = load_text(
-                source,
-                self.tokenizer,
-                block=self.config.block,
-                tokens=tokens,
-                split=split,
-                seed=self.config.seed,
+            self._text = {key: kept for key, kept in self._text.items() if key[0] != split}
+            self._text[split, seed] = load_text(
+                source, self.tokenizer, block=self.config.block, tokens=tokens, split=split, seed=seed
             )
-        return self._text[split]
+        return self._text[split, seed]
 
     def student_at(self, step: int) -> LayerStack:
         """The student as it was at a step; it shares with the teacher every weight that did not change."""
@@ -396,6 +401,37 @@ class PruningSession:
         self.student.remove(layer_id)
         return layer_id
 
+    def heal_steps(self, **options: Any) -> Generator[Progress, None, HealResult]:
+        """Repair the gap in closed form; see `heal`."""
+        gap = self._gap()
+        started = time.perf_counter()
+        try:
+            result = yield from heal_steps(
+                self.student, self.teacher, self.text("calibration"), gap, **options
+            )
+        except BaseException:
+            self.student = self.student_at(self.journal.head.step)
+            raise
+        changed = [result.layer_id] if result.kept else []
+        self._commit(
+            "heal",
+            changed,
+            args={"gap": gap, **options},
+            result=_plain(result.to_dict()),
+            seconds=time.perf_counter() - started,
+        )
+        return result
+
+    def heal(self, *, show: bool | None = None, **options: Any) -> HealResult:
+        """Fold a linear map into the layer below the gap, where that lowers KL on text it was not fitted on.
+
+        Returns
+        -------
+        HealResult
+            `.kept` says whether the student changed.
+        """
+        return drive(self.heal_steps(**options), desc="heal", show=show)
+
     def distill_steps(
         self, config: DistillConfig | None = None, **changes: Any
     ) -> Generator[Progress, None, Any]:
@@ -432,7 +468,7 @@ class PruningSession:
         except GeneratorExit:
             work.close()
             if last is not None and last.done > 0:
-                trained = _own_layers(self.student, self.teacher)
+                trained = resolve_scope(config.scope, self.student, gap)
                 self._commit_distill(trained, config, gap, {"stopped_at": last.done}, seed, started)
             raise
         except BaseException:
@@ -652,9 +688,20 @@ class PruningSession:
         return self.journal.append(action, layer_ids=self.student.layer_ids, **fields)
 
     def _commit_distill(self, trained, config, gap, summary, seed, started) -> None:
+        self._commit(
+            "distill",
+            trained,
+            args={"config": config.to_dict(), "gap": gap, "trained": list(trained)},
+            result=summary,
+            seed=seed,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _commit(self, action: str, changed: list[int], **fields: Any) -> None:
+        """Journal a step that changed the weights of some layers, rounded to what is stored."""
         dtype = getattr(torch, self.config.weights_dtype)
         tensors = {}
-        for layer_id in trained:
+        for layer_id in changed:
             layer = self.student.layers[self.student.position(layer_id)]
             with torch.no_grad():
                 for name, parameter in layer.named_parameters():
@@ -662,14 +709,7 @@ class PruningSession:
                     parameter.copy_(stored)
                     tensors[f"layer.{layer_id}.{name}"] = stored
         try:
-            self._append(
-                "distill",
-                args={"config": config.to_dict(), "gap": gap, "trained": list(trained)},
-                result=summary,
-                tensors=tensors,
-                seed=seed,
-                seconds=time.perf_counter() - started,
-            )
+            self._append(action, tensors=tensors or None, **fields)
         except JournalError:
             self.student = self.student_at(self.journal.head.step)
             raise

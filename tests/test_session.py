@@ -150,6 +150,20 @@ def test_phases_follow_what_a_person_did(make):
     assert next_phase(session) == "measure"
 
 
+def test_heal_is_a_step_of_its_own(make):
+    session = make(heal=True)
+    session.remove(2)
+    session.evaluate(speed=False)
+    assert next_phase(session) == "heal"
+    result = session.heal()
+    step = session.journal.head
+    assert step.action == "heal" and (step.weights is not None) == result.kept
+    assert next_phase(session) == "distill"
+    assert torch.equal(
+        logits(session.student_at(step.step), session.tokenizer), logits(session.student, session.tokenizer)
+    )
+
+
 def test_stopping_keeps_what_was_trained(make):
     session = make()
     session.remove(2)
