@@ -147,7 +147,7 @@ def _advance(session: PruningSession, method: Method, remove: int, every: int, c
             yield from (f"distilling, {p.note}" for p in _every(session.distill_steps()))
         elif (gone % every == 0 or gone == remove) and "evaluate" not in since:
             yield f"evaluating at {gone} removed"
-            work = session.evaluate_steps(speed=False, cache=cache)
+            work = session.evaluate_steps(speed=False, canaries=False, cache=cache)
             yield from (f"evaluating, {p.note}" for p in _every(work))
         elif gone >= remove:
             return

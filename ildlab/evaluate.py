@@ -23,6 +23,7 @@ from .stack import LayerStack, Trunk, shared_prefix
 if TYPE_CHECKING:
     from .text import TextBlocks
 
+CANARIES = 20  # rows of each probe: they are to be cheap, and a collapse shows on few
 CHUNK = 256  # positions whose logits exist at one time: 50 MB in fp32 for a vocabulary of 49,152
 
 
@@ -54,7 +55,7 @@ def evaluate_steps(
         What `ildlab.suites.load_suite` takes: a name, a YAML file, `"file:rows.jsonl"`,
         `"lm-eval:arc_easy,piqa"`.
     canaries : bool
-        Score the shipped probes as well (copying, arithmetic, brackets).
+        Score the shipped probes as well (copying, arithmetic, brackets; 20 rows each).
     speed : bool
         Measure generation.
     batch_size : int
@@ -96,7 +97,7 @@ def evaluate_steps(
 
         # Read (and so checked) before the minutes that the rest takes.
         wanted = [("suite", load_suite(suite))] if suite is not None else []
-        wanted += [("canaries", load_suite("canaries"))] if canaries else []
+        wanted += [("canaries", load_suite("canaries", limit=CANARIES))] if canaries else []
     record = _as_record(teacher_record)
 
     sums = np.zeros((tokens.shape[0], 5))

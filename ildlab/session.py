@@ -508,6 +508,8 @@ class PruningSession:
         """Evaluate today's student; see `evaluate`."""
         suite = suite or self.config.suite
         blocks = self.text("eval")
+        # Perplexity and even the aggregate can look fine while copying has collapsed.
+        options.setdefault("canaries", suite is not None)
         started = time.perf_counter()
         teacher = self._teacher_evaluation(suite)
         found = yield from evaluate_steps(

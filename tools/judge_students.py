@@ -1,0 +1,98 @@
+"""Judge the students of two runs on mini7 and on held-out files: the table of docs/evaluation.md.
+
+    python tools/judge_students.py runs/compare ../shared/heldout --removed 2 4 6
+
+The runs are those of `notebooks/batch/compare_methods.ipynb`: layers chosen by ablation, with and without
+distillation. ARC-Easy and WikiText-2 are read from the second half of their files; nothing was chosen on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from ildlab.aggregate import quality_loss
+from ildlab.models import load_model
+from ildlab.session import PruningSession
+from ildlab.suites import Suite, load_suite, score_suite
+from ildlab.tasks import Task, read_jsonl
+
+RUNS = {"pruned only": "iterative_layerwise_pruning", "distilled": "iterative_layerwise_distillation"}
+
+
+def unspaced(text: str) -> str:
+    """Undo the spacing of WikiText's tokenised text."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" ([,.;:!?)\]%]|'s|'t|n't)", r"\1", text)
+    return re.sub(r"([(\[$]) ", r"\1", text)
+
+
+def held_out(folder: Path, examples: int, passages: int) -> Suite:
+    """ARC-Easy by log-likelihood per byte, and WikiText-2 in bits per byte of its raw text."""
+    _, rows = read_jsonl(folder / "arc_easy.jsonl")
+    rows = [{**row, "query": row["query"] + "\nAnswer:"} for row in rows[len(rows) // 2 :][:examples]]
+    text = unspaced((folder / "wikitext2-valid.txt").read_text(encoding="utf-8"))
+    text = text[len(text) // 2 :]
+    cut = [{"text": text[i * 4000 : (i + 1) * 4000]} for i in range(passages)]
+    chance = sum(1 / len(row["choices"]) for row in rows) / len(rows)
+    return Suite(
+        "held out",
+        (
+            Task("arc_easy", "multiple_choice", tuple(rows), normalise="bytes", chance=chance),
+            Task("wikitext2", "bits_per_byte", tuple(cut), chance=8.0, direction="lower"),
+        ),
+    )
+
+
+def main() -> None:
+    """Print a line a model, the table, and the rank agreement."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("heldout", type=Path)
+    parser.add_argument("--removed", type=int, nargs="+", default=[2, 4, 6])
+    parser.add_argument("--suite", default="mini7")
+    parser.add_argument("--examples", type=int, default=300)
+    parser.add_argument("--passages", type=int, default=8)
+    args = parser.parse_args()
+    loaded = load_model("smollm2-135m")
+    suites = [
+        load_suite(args.suite),
+        held_out(args.heldout, args.examples, args.passages),
+        load_suite("canaries@20"),
+    ]
+    cache, table, teacher = args.runs / "suites", [], None
+
+    def judge(label: str, stack) -> None:
+        nonlocal teacher
+        found = [score_suite(stack, loaded.tokenizer, suite, cache=cache, show=False) for suite in suites]
+        teacher = teacher or found
+        loss, corrected = (quality_loss(found[0], teacher[0], corrected=form) for form in (False, True))
+        scores = {name: task.score for result in found for name, task in result.tasks.items()}
+        table.append(
+            {"student": label, "layers": len(stack), "aggregate": str(found[0].interval()),
+             "loss": str(loss), "loss corrected": str(corrected), "mean": found[0].aggregate, **scores,
+             "arc interval": str(found[1].tasks["arc_easy"].interval()),
+             "wikitext interval": str(found[1].tasks["wikitext2"].interval())}
+        )  # fmt: skip
+        print(json.dumps(table[-1]), flush=True)
+
+    for label, name in RUNS.items():
+        with PruningSession.open(args.runs / name, loaded) as session:
+            if teacher is None:
+                judge("teacher", session.teacher)
+            ends = {}
+            for step in session.path:
+                ends[len(step.layer_ids)] = step.step  # the last step at this depth: distilled, if it is
+            for removed in args.removed:
+                judge(f"{label}, {removed} removed", session.student_at(ends[len(session.teacher) - removed]))
+    frame = pd.DataFrame(table)
+    print(frame.round(3).to_string())
+    print(frame[["mean", "arc_easy", "wikitext2"]].corr(method="spearman").round(2).to_string())
+
+
+if __name__ == "__main__":
+    main()
