@@ -58,13 +58,14 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         elif phase == "distill":
             yield from relabel(session.distill_steps(), name, (done, total))
         else:
-            # Speed is a matter of depth alone: measure it once an iteration.
-            speed = phase == "evaluate" or not settings.distill
-            work = session.evaluate_steps(settings.suite, speed=speed)
+            # What decides is the student at the end of an iteration: tasks and speed are measured there.
+            ends = phase == "evaluate" or not settings.distill
+            work = session.evaluate_steps(settings.suite if ends else False, speed=ends)
             found = yield from relabel(work, name, (done, total))
-            yield Progress(
-                done, total, f"{left} layers: perplexity {found.perplexity:.2f}, KL {found.kl:.4f}"
-            )
+            note = f"{left} layers: perplexity {found.perplexity:.2f}, KL {found.kl:.4f}"
+            if found.aggregate is not None:
+                note += f", aggregate {found.aggregate:.3f} (quality loss {found.quality_loss:+.1%})"
+            yield Progress(done, total, note, found, "result")
             if next_phase(session, settings.distill) == "measure" and _undo_if_over(
                 session, settings.max_loss
             ):

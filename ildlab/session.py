@@ -503,10 +503,10 @@ class PruningSession:
         return drive(self.distill_steps(config, **changes), desc="distill", show=show)
 
     def evaluate_steps(
-        self, suite: str | None = None, *, cache: Path | None = None, **options: Any
+        self, suite: str | bool | None = None, *, cache: Path | None = None, **options: Any
     ) -> Generator[Progress, None, Evaluation]:
         """Evaluate today's student; see `evaluate`."""
-        suite = suite or self.config.suite
+        suite = None if suite is False else suite or self.config.suite
         blocks = self.text("eval")
         # Perplexity and even the aggregate can look fine while copying has collapsed.
         options.setdefault("canaries", suite is not None)
@@ -546,8 +546,18 @@ class PruningSession:
         )
         return found
 
-    def evaluate(self, suite: str | None = None, *, show: bool | None = None, **options: Any) -> Evaluation:
-        """Judge today's student against the teacher on the eval text (and a suite), and journal it."""
+    def evaluate(
+        self, suite: str | bool | None = None, *, show: bool | None = None, **options: Any
+    ) -> Evaluation:
+        """Judge today's student against the teacher, and journal the result.
+
+        Parameters
+        ----------
+        suite : str, optional
+            By default the run's; False for the eval text alone.
+        **options
+            As in `ildlab.evaluate.evaluate_steps`.
+        """
         return drive(self.evaluate_steps(suite, **options), desc="evaluate", show=show)
 
     def undo(self, to: int | None = None, *, reason: str = "") -> Step:

@@ -88,6 +88,24 @@ def test_alibi_model_is_found_out(teacher):
     assert abs(outcomes.loglikelihood[1] - oracle(bloom, encoded[1])[0]) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["falcon_h1", "jamba", "qwen2", "gemma3_text"])
+def test_trees_are_used_only_where_they_are_exact(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        name, vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stack = LayerStack(AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False))
+    # A state that runs along the row sees every token before it, masked or not.
+    assert (largest_tree(stack) == 0) == (name in ("falcon_h1", "jamba"))
+    encoded = [Encoded(tuple(range(10, 22)), (30 + i, 40 + i, 50)) for i in range(4)]
+    outcomes = drive(score_steps(stack, encoded, [0] * 4))
+    for one, ll in zip(encoded, outcomes.loglikelihood):
+        assert ll == pytest.approx(oracle(stack, one)[0], abs=2e-5)
+
+
 def test_encoding_moves_spaces_and_stands_for_an_empty_context(teacher):
     tokenizer = teacher.tokenizer
     spaced, plain, empty = encode(
