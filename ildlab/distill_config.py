@@ -24,7 +24,8 @@ class DistillConfig:
 
     scope: str | Sequence[int] = "suffix"
     """Layers that train: "neighbours" (the one below and the one above each gap), "window(k)" (k on each
-    side), "suffix" (all from the lowest gap up), "suffix(k)" (and k below it), "all", or layer ids."""
+    side), "suffix" (all above the lowest gap, earlier removals' included), "suffix(k)" (and k below it),
+    "all", or layer ids."""
 
     divergence: str = "forward_kl"
     """"forward_kl" KL(teacher || student), "reverse_kl", or "jsd"."""
@@ -227,7 +228,9 @@ def resolve_scope(scope: str | Sequence[int], student: LayerStack, gap: int | Se
             f"scope={scope!r} needs to know which layer was removed (gap): give it, or scope='all'."
         )
     chosen: set[int] = set()
-    for g in gaps if name != "suffix" else gaps[:1]:
+    # Earlier gaps go on healing: every later removal changes what the layers above them should do.
+    lowest = min({*gaps, *range(ids[-1])} - set(ids))
+    for g in gaps if name != "suffix" else [lowest]:
         below = [i for i in ids if i < g]
         above = [i for i in ids if i > g]
         if name == "suffix":

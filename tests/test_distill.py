@@ -165,6 +165,9 @@ def test_scopes(tiny):
     assert resolve_scope("neighbours", student, [3, 4]) == [2, 5]
     assert resolve_scope("window(2)", student, [3, 4]) == [1, 2, 5, 6]
     assert resolve_scope("suffix", student, 4) == [5, 6, 7]
+    later, _ = pair(tiny, (1, 4), layers=8)  # layer 1 went earlier: its suffix goes on healing
+    assert resolve_scope("suffix", later, 4) == [2, 3, 5, 6, 7]
+    assert resolve_scope("neighbours", later, 4) == [3, 5]
     assert resolve_scope("suffix(2)", student, 4) == [1, 2, 5, 6, 7]
     assert resolve_scope("all", student, []) == [0, 1, 2, 5, 6, 7]
     assert resolve_scope([7, 0], student, []) == [0, 7]
