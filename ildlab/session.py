@@ -248,6 +248,17 @@ class PruningSession:
         return None
 
     @property
+    def latest_scores(self) -> LayerScores | None:
+        """The last scores on the way to today's student, though it may have changed since; or None."""
+        measured = [step for step in self.path if step.action == "measure"]
+        return self.scores_at(measured[-1].step) if measured else None
+
+    @property
+    def trained(self) -> list[int]:
+        """Layer ids of the student whose weights are no longer the teacher's."""
+        return _own_layers(self.student, self.teacher)
+
+    @property
     def evaluation(self) -> Evaluation | None:
         """Latest evaluation of today's student; None where it changed since."""
         for step in reversed(self.path):

@@ -1,0 +1,260 @@
+"""The stepper without a browser: every control, every state, and a monkey that presses everything."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+import torch
+
+from ildlab.errors import SessionError
+from ildlab.plots_base import contrast
+from ildlab.progress import Progress
+from ildlab.session import PruningSession
+from ildlab.stepper import Stepper
+from ildlab.stepper_figures import FIGURES
+from ildlab.stepper_strip import shade
+from ildlab.stepper_worker import Worker
+
+
+@pytest.fixture
+def session(tmp_path, tiny_folder, text_file):
+    made = PruningSession.create(
+        tmp_path / "run",
+        str(tiny_folder),
+        dtype="float32",
+        text=str(text_file),
+        block=32,
+        calibration_tokens=4 * 32,
+        train_tokens=16 * 32,
+        eval_tokens=4 * 32,
+        metric="block_influence",
+    )
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def stepper(session):
+    return Stepper(session, inline=True, prompt="def f(x):")
+
+
+def logits(stack):
+    with torch.no_grad():
+        return stack.model(torch.tensor([[5, 9, 40, 7]]), use_cache=False).logits
+
+
+def test_the_whole_flow(stepper, session, tmp_path):
+    stepper.measure.click()
+    assert "least important" in stepper.status.value
+    stepper.suggest.click()
+    chosen = stepper.strip.selected
+    assert chosen == session.scores.least_important
+    assert "▼" in stepper.strip.cells[chosen].description
+    stepper.remove.click()
+    assert session.removed == [chosen]
+    cell = stepper.strip.cells[chosen]
+    assert "×" in cell.description and "removed" in cell.tooltip and "ildlab-removed" in cell._dom_classes
+    stepper.distill.click()
+    assert session.journal.head.action == "distill" and stepper.failed is None
+    assert any("*" in c.description for c in stepper.strip.cells.values())
+    stepper.evaluate.click()
+    assert "perplexity" in stepper.results.value
+    stepper.folder.value = str(tmp_path / "branch")
+    stepper.branch.click()
+    assert (tmp_path / "branch" / "journal.jsonl").is_file()
+    stepper.folder.value = str(tmp_path / "out")
+    stepper.export.click()
+    assert "generation is the same" in stepper.status.value
+    stepper.undo.click()
+    assert [s.action for s in session.path][-1] == "remove"
+    stepper.steps.value = 0
+    stepper.go_back.click()
+    assert session.removed == []
+
+
+def test_what_if_changes_words_and_nothing_else(stepper, session):
+    before = logits(session.student)
+    stepper.try_it.click()
+    whole = stepper.answers.value
+    stepper.strip.select(2)
+    stepper.toggle.click()
+    assert "layers 2 off" in stepper.answers.value and stepper.answers.value != whole
+    assert "switched off" in stepper.strip.cells[2].tooltip
+    assert torch.equal(logits(session.student), before) and len(session.steps) == 1
+    stepper.reset.click()
+    assert stepper.answers.value == "" and "ildlab-off" not in stepper.strip.cells[2]._dom_classes
+
+
+def test_errors_are_words_and_lose_nothing(stepper, session):
+    stepper.strip.select(1)
+    stepper.remove.click()
+    stepper.remove.click()
+    assert "Not done" in stepper.status.value and "Layer 1 is not in the student" in stepper.status.value
+    stepper.use_rate.value, stepper.rate.value = True, 1e-2
+    stepper.tokens.value = -3
+    stepper.distill.click()
+    assert stepper.failed is not None and "nothing is lost" in stepper.status.value
+    assert session.removed == [1] and session.journal.head.action == "remove"
+    stepper.prompt.value = ""
+    stepper.try_it.click()
+    assert "prompt is empty" in stepper.status.value
+
+
+def test_html_in_names_and_prompts_is_text(stepper):
+    stepper.prompt.value = "<script>alert(1)</script>"
+    stepper.try_it.click()
+    assert "<script>" not in stepper.answers.value and "&lt;script&gt;" in stepper.answers.value
+    stepper._say("<b>x</b>")
+    assert "&lt;b&gt;x" in stepper.status.value
+
+
+@pytest.mark.parametrize("kind", FIGURES)
+def test_every_figure(stepper, session, kind):
+    stepper.figure_kind.value = kind
+    stepper.draw.click()
+    stepper.measure.click()
+    stepper.remove.click()
+    stepper.distill.click()
+    stepper.evaluate.click()
+    stepper.text.value = "import os\nprint(1)"
+    stepper.figure_kind.value = kind
+    stepper.draw.click()
+    assert 'alt="' in stepper.figure.value, stepper.status.value
+    for form in ("PNG", "SVG", "CSV"):
+        stepper.save_as.value = form
+        stepper.save.click()
+    assert len(list((session.folder / "figures").iterdir())) == 3
+    assert "plots." in stepper.code.value
+
+
+def test_status_is_announced_and_figures_have_words(stepper):
+    stepper.measure.click()
+    assert 'role="status"' in stepper.status.value and "aria-live" in stepper.status.value
+    page = stepper.static_html()
+    assert 'alt="Importance' in page and "<table" in page
+
+
+def test_contrast_of_the_strip():
+    for value in (0.0, 0.3, 0.5, 0.7, 1.0, None):
+        colour = shade(value, 0, 1)
+        assert max(contrast("#000000", colour), contrast("#ffffff", colour)) >= 4.5
+
+
+def test_reopened_at_the_same_step(stepper, session):
+    stepper.strip.select(3)
+    stepper.remove.click()
+    session.close()
+    again = PruningSession.open(session.folder, dtype="float32")
+    other = Stepper(again, inline=True)
+    assert "×" in other.strip.cells[3].description
+    assert other.steps.value == session.journal.head.step
+    again.close()
+
+
+def test_monkey(stepper, session):
+    """500 seeded actions: nothing raises, and session, journal and model stay in step."""
+    rng = random.Random(0)
+    quick = [stepper.toggle, stepper.reset, stepper.suggest, stepper.remove, stepper.undo, stepper.go_back,
+             stepper.pause, stepper.stop]  # fmt: skip
+    slow = [stepper.measure, stepper.try_it, stepper.distill, stepper.evaluate, stepper.draw, stepper.save]
+    stepper.tokens.value = 4 * 32
+    for _ in range(500):
+        draw = rng.random()
+        if draw < 0.3:
+            stepper.strip.select(rng.choice(session.teacher.layer_ids))
+        elif draw < 0.4:
+            stepper.figure_kind.value = rng.choice(FIGURES)
+        elif draw < 0.5:
+            stepper.steps.value = rng.choice([v for _, v in stepper.steps.options])
+        elif draw < 0.95:
+            rng.choice(quick).click()
+        else:
+            rng.choice(slow).click()
+        assert session.student.layer_ids == session.journal.head.layer_ids
+        assert stepper.failed is None or "traceback" not in stepper.status.value.lower()
+        assert not stepper.worker.busy
+    assert len(session.teacher) == 6
+    stored = session.student_at(session.journal.head.step)
+    assert torch.equal(logits(stored), logits(session.student))
+    assert len(session.steps) > 50
+
+
+# ------------------------------------------------------------------ the worker
+
+
+def count(n: int, log: list):
+    try:
+        for i in range(n):
+            yield Progress(i, n)
+            time.sleep(0.005)
+        return n
+    finally:
+        log.append("closed")
+
+
+def test_worker_one_job_at_a_time_and_stop():
+    worker, log, ends = Worker(), [], []
+    started = threading.Event()
+    assert worker.start(lambda: count(10_000, log), lambda p: started.set(), ends.append)
+    started.wait(5)
+    assert not worker.start(lambda: count(1, log), lambda p: None, ends.append)
+    worker.stop()
+    assert worker.wait(5)
+    assert log == ["closed"] and [e.state for e in ends] == ["stopped"]
+    assert worker.start(lambda: count(3, log), lambda p: None, ends.append)
+    assert worker.wait(5)
+    assert ends[-1].state == "done" and ends[-1].value == 3
+
+
+def test_worker_pause_holds_and_stop_frees():
+    worker, log, ends, seen = Worker(), [], [], []
+    worker.start(lambda: count(10_000, log), seen.append, ends.append)
+    while not seen:
+        time.sleep(0.01)
+    worker.pause()
+    time.sleep(0.1)
+    held = len(seen)
+    time.sleep(0.1)
+    assert len(seen) == held and worker.busy
+    worker.resume()
+    time.sleep(0.1)
+    assert len(seen) > held
+    worker.pause()
+    worker.stop()
+    assert worker.wait(5) and ends[-1].state == "stopped"
+
+
+def test_worker_failure_is_an_outcome():
+    worker, ends = Worker(), []
+
+    def broken():
+        yield Progress(0, 1)
+        raise SessionError("no")
+
+    worker.start(broken, lambda p: None, ends.append)
+    worker.wait(5)
+    assert ends[0].state == "failed" and str(ends[0].value) == "no"
+
+
+def test_distill_in_the_background_is_stopped_and_kept(session):
+    stepper = Stepper(session)
+    session.remove(2)
+    stepper.tokens.value = 400 * 32
+    seen = threading.Event()
+    stepper.status.observe(lambda change: "Distill: 2/" in change["new"] and seen.set(), names="value")
+    stepper._shown = 0.0
+    stepper.distill.click()
+    while stepper.worker.busy and not session.steps[-1].action == "distill":
+        if "Distill:" in stepper.status.value and "1/" in stepper.status.value:
+            break
+        time.sleep(0.02)
+    stepper.measure.click()
+    assert "Busy" in stepper.status.value or not stepper.worker.busy
+    stepper.stop.click()
+    assert stepper.worker.wait(60)
+    assert session.journal.head.action == "distill"
+    stored = session.student_at(session.journal.head.step)
+    assert torch.equal(logits(stored), logits(session.student))
