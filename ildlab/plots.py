@@ -42,21 +42,22 @@ from ildlab.plots_base import (
     to_svg,
     token_label,
 )
+from ildlab.plots_ranks import metric_scatter, profile_beside, rank_flow
+from ildlab.plots_states import (
+    block_triangle,
+    drift_by_layer,
+    logit_lens_map,
+    redundancy_heatmap,
+    token_drift_map,
+)
 
+# fmt: off
 __all__ = [
-    "contrast",
-    "importance",
-    "importance_by_iteration",
-    "ink_on",
-    "loss_curves",
-    "quality",
-    "save",
-    "to_html",
-    "to_png",
-    "show",
-    "to_svg",
-    "token_label",
+    "block_triangle", "contrast", "drift_by_layer", "importance", "importance_by_iteration", "ink_on",
+    "logit_lens_map", "loss_curves", "metric_scatter", "profile_beside", "quality", "rank_flow",
+    "redundancy_heatmap", "save", "show", "to_html", "to_png", "to_svg", "token_drift_map", "token_label",
 ]
+# fmt: on
 
 
 def importance(
