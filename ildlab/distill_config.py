@@ -38,8 +38,8 @@ class DistillConfig:
     kl_positions: int | None = None
     """Positions sampled in each sequence for divergence and cross entropy; None is all of them."""
 
-    hidden_loss: str = "mse"
-    """"mse", "relative_mse" (over the teacher's squared norm, token by token) or "cosine"."""
+    hidden_loss: str = "relative_mse"
+    """"mse" (the paper), "relative_mse" (over the teacher's squared norm, token by token) or "cosine"."""
     hidden_weight: float = 1.0
     """Weight of the hidden-state loss; 0 leaves it out."""
     hidden_at: str | Sequence[int] = "last_trainable+last"
@@ -62,7 +62,7 @@ class DistillConfig:
     """Sequences in one forward pass of one process; gradients are accumulated. None is all of a process's."""
     learning_rate: float = 3e-4
     """Peak learning rate of AdamW."""
-    warmup: float = 0.05
+    warmup: float = 0.1
     """Part of the steps over which the learning rate rises linearly."""
     schedule: str = "cosine"
     """After the warm-up: "constant", "linear" (to 0) or "cosine" (to 0)."""

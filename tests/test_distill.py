@@ -19,7 +19,9 @@ from ildlab.errors import DistillError
 from ildlab.stack import LayerStack
 from ildlab.teacher_cache import TeacherCache, build
 
-BASE = DistillConfig(batch_size=4, learning_rate=1e-2, tokens=4 * 12 * 8, kl_positions=None, chunk=16)
+BASE = DistillConfig(
+    hidden_loss="mse", batch_size=4, learning_rate=1e-2, tokens=4 * 12 * 8, kl_positions=None, chunk=16
+)
 
 
 def pair(tiny, gone=(2,), layers=5, dtype=torch.float32):
