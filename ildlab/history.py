@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from .session import PruningSession
 
 
-def history_table(session: PruningSession) -> pd.DataFrame:
+def history_table(session: PruningSession, step: int | None = None) -> pd.DataFrame:
     """One row an iteration, the teacher first: what was removed and what quality was, before and after.
+
+    `step` is where the way ends; by default today's student.
 
     Columns: `n_removed`, `layer_id`, `score`, `layers`, `parameters`, `perplexity_pruned`,
     `kl_pruned` (right after the removal), `perplexity`, `kl` (nats per token, after distillation),
@@ -25,7 +27,8 @@ def history_table(session: PruningSession) -> pd.DataFrame:
     rows: list[dict] = [{"n_removed": 0, "layers": len(session.teacher), "seconds": 0.0}]
     pending = 0.0
     distilled = True
-    for step in session.path:
+    at = session.journal.head.step if step is None else step
+    for step in session.journal.path_to(at):
         row = rows[-1]
         if step.action == "measure":
             pending += step.seconds

@@ -50,10 +50,11 @@ from ildlab.plots_states import (
     redundancy_heatmap,
     token_drift_map,
 )
+from ildlab.plots_suites import branches
 
 # fmt: off
 __all__ = [
-    "block_triangle", "contrast", "drift_by_layer", "importance", "importance_by_iteration", "ink_on",
+    "block_triangle", "branches", "contrast", "drift_by_layer", "importance", "importance_by_iteration", "ink_on",
     "logit_lens_map", "loss_curves", "metric_scatter", "profile_beside", "quality", "rank_flow",
     "redundancy_heatmap", "save", "show", "to_html", "to_png", "to_svg", "token_drift_map", "token_label",
 ]

@@ -10,7 +10,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .plots_base import BLUE, DPI, GREEN, LINE, PURPLE, TEXT, VERMILLION, label_of, legend, new_axes, style
+from .plots_base import (
+    BLUE,
+    COLOURS,
+    DPI,
+    GREEN,
+    LINE,
+    PURPLE,
+    TEXT,
+    VERMILLION,
+    label_of,
+    legend,
+    new_axes,
+    style,
+)
 
 # Dash and marker tell the methods apart without colour.
 STYLES = {
@@ -136,3 +149,32 @@ def task_panels(
         handles, names, loc="outside lower center", ncols=2, frameon=False, labelcolor=TEXT, fontsize=8
     )
     return figure
+
+
+def branches(tables: dict[str, pd.DataFrame], ax: Axes | None = None, *, value: str = "perplexity") -> Axes:
+    """Draw several branches of one run on one figure: quality against layers removed.
+
+    Parameters
+    ----------
+    tables : dict of str to DataFrame
+        For each branch a table as of `ildlab.history.history_table`. Where an iteration was not
+        distilled, the value right after its removal stands in.
+    value : str
+        "perplexity" or "kl".
+
+    Returns
+    -------
+    Axes
+    """
+    ax = new_axes(ax, 6.5, 3.4)
+    for number, (name, table) in enumerate(tables.items()):
+        drawn = table[value].fillna(table[f"{value}_pruned"])
+        ax.plot(
+            table["n_removed"], drawn, label=name, color=COLOURS[number % len(COLOURS)],
+            marker="osD^v"[number % 5], linestyle=("-", "--", "-.", ":")[number % 4], linewidth=1.8,
+        )  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layers removed")
+    ax.set_ylabel(label_of(value))
+    legend(ax)
+    return ax

@@ -101,7 +101,7 @@ class PruningSession:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
         self.teacher = LayerStack(loaded.model)
-        self._text: dict[tuple[str, int], TextBlocks] = {}
+        self._text: dict[tuple[str, int, str], TextBlocks] = {}
         self.student = self.teacher.share()
 
     # ------------------------------------------------------- making, opening
@@ -268,21 +268,23 @@ class PruningSession:
                 return None
         return None
 
-    def text(self, split: str) -> TextBlocks:
-        """The run's text blocks of a split: `"calibration"`, `"train"` or `"eval"`.
+    def text(self, split: str, source: str | None = None) -> TextBlocks:
+        """The run's text blocks of a split (`"calibration"`, `"train"` or `"eval"`), or another source's.
 
         Training text is drawn anew after each removal, so that a longer run sees more text; the others
         stay the same, so that scores and evaluations compare.
         """
         seed = self._seed() if split == "train" else self.config.seed
-        if (split, seed) not in self._text:
+        source = source or (split == "eval" and self.config.eval_text) or self.config.text
+        key = (split, seed, source)
+        if key not in self._text:
             tokens = getattr(self.config, f"{split}_tokens")
-            source = (self.config.eval_text or self.config.text) if split == "eval" else self.config.text
-            self._text = {key: kept for key, kept in self._text.items() if key[0] != split}
-            self._text[split, seed] = load_text(
+            # One text a split is kept: an old iteration's training text is not needed again.
+            self._text = {other: kept for other, kept in self._text.items() if other[0] != split}
+            self._text[key] = load_text(
                 source, self.tokenizer, block=self.config.block, tokens=tokens, split=split, seed=seed
             )
-        return self._text[split, seed]
+        return self._text[key]
 
     def student_at(self, step: int) -> LayerStack:
         """The student as it was at a step; it shares with the teacher every weight that did not change."""
@@ -444,7 +446,7 @@ class PruningSession:
         return drive(self.heal_steps(**options), desc="heal", show=show)
 
     def distill_steps(
-        self, config: DistillConfig | None = None, **changes: Any
+        self, config: DistillConfig | None = None, *, text: str | None = None, **changes: Any
     ) -> Generator[Progress, None, Any]:
         """Distill the student; see `distill`. Closing it keeps what was trained so far, as a step."""
         config = config or DistillConfig.from_dict(self.config.distill)
@@ -455,13 +457,13 @@ class PruningSession:
         seed = self._seed()
         config = replace(config, seed=seed)
         checkpoint = self.folder / "checkpoint"
-        _forget_other_checkpoint(checkpoint, self.journal.head.step, config)
+        _forget_other_checkpoint(checkpoint, self.journal.head.step, config, text)
         metrics = self.folder / "metrics" / f"{number:03d}.jsonl"
         started = time.perf_counter()
         work = distill_steps(
             self.student,
             self.teacher,
-            self.text("train"),
+            self.text("train", text),
             config,
             gap=gap,
             checkpoint=checkpoint / "state",
@@ -487,18 +489,31 @@ class PruningSession:
             work.close()
             self.student = self.student_at(self.journal.head.step)
             raise
-        summary = {"tokens": result.tokens, "last": _plain(result.history.iloc[-1].to_dict())}
+        summary = {
+            "tokens": result.tokens,
+            "text": text or self.config.text,
+            "last": _plain(result.history.iloc[-1].to_dict()),
+        }
         self._commit_distill(result.trained, config, gap, summary, seed, started)
         shutil.rmtree(checkpoint, ignore_errors=True)
         return result
 
-    def distill(self, config: DistillConfig | None = None, *, show: bool | None = None, **changes: Any):
+    def distill(
+        self,
+        config: DistillConfig | None = None,
+        *,
+        text: str | None = None,
+        show: bool | None = None,
+        **changes: Any,
+    ):
         """Distill the student from the teacher on the train text, and journal the changed weights.
 
         Parameters
         ----------
         config : DistillConfig, optional
             By default the run's.
+        text : str, optional
+            Another source of `load_text` to train on in this step.
         **changes
             Fields of it to change for this step.
 
@@ -511,7 +526,7 @@ class PruningSession:
         DistillError
             The loss stopped being finite; the student is again as it was before the step.
         """
-        return drive(self.distill_steps(config, **changes), desc="distill", show=show)
+        return drive(self.distill_steps(config, text=text, **changes), desc="distill", show=show)
 
     def evaluate_steps(
         self, suite: str | bool | None = None, *, cache: Path | None = None, **options: Any
@@ -795,10 +810,10 @@ def _own_layers(student: LayerStack, teacher: LayerStack) -> list[int]:
     return own
 
 
-def _forget_other_checkpoint(folder: Path, step: int, config: DistillConfig) -> None:
+def _forget_other_checkpoint(folder: Path, step: int, config: DistillConfig, text: str | None) -> None:
     """Keep the checkpoint of an interrupted distillation only if it is of this very step."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = json.dumps({"after_step": step, "config": config.to_dict()}, sort_keys=True)
+    wanted = json.dumps({"after_step": step, "config": config.to_dict(), "text": text}, sort_keys=True)
     of = folder / "of.json"
     if not of.is_file() or of.read_text() != wanted:
         shutil.rmtree(folder)

@@ -28,7 +28,12 @@ from .stepper_worker import Outcome, Worker
 from .whatif import what_if_steps
 
 SHOW_EVERY = 0.3  # seconds between two updates of the widgets while a job runs
-DISTILL_TEXT = "The run's own defaults"
+DEFAULTS = "the run's own"
+LOSSES = {
+    "KL alone": {"kl_weight": 1.0, "hidden_weight": 0.0},
+    "hidden states alone": {"kl_weight": 0.0, "hidden_weight": 1.0},
+    "both": {"kl_weight": 1.0, "hidden_weight": 1.0},
+}
 
 
 class Stepper:
@@ -75,7 +80,9 @@ class Stepper:
         self.status = w.HTML()
         self.status.add_class("ildlab-status")
         self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="100%"))
-        self.strip = Strip(self.session.teacher.layer_ids, lambda _: self._describe())
+        self.strip = Strip(
+            self.session.teacher.layer_ids, lambda _: self._describe(), lambda: self.toggle.click()
+        )
         self.about = _note()
 
         self.metric = w.Dropdown(
@@ -97,7 +104,9 @@ class Stepper:
 
         self.remove = self._button("Remove the selected layer", self._remove)
         self.suggest = self._button("Select the suggestion", self._suggest)
-        self.preset = w.Dropdown(options=[DISTILL_TEXT, "The paper's loss"], description="settings")
+        self.preset = w.Dropdown(options=[DEFAULTS, "the paper's"], description="settings")
+        self.source = w.Text(value=self.session.config.text, description="text")
+        self.loss = w.Dropdown(options=["as set", *LOSSES], description="loss")
         self.scope = w.Dropdown(
             options=["as set", "neighbours", "window(2)", "suffix", "all"], description="scope"
         )
@@ -142,7 +151,8 @@ class Stepper:
                 w.VBox(
                     [
                         w.HBox([self.suggest, self.remove]),
-                        w.HBox([self.preset, self.scope, self.tokens]),
+                        w.HBox([self.source, self.tokens]),
+                        w.HBox([self.preset, self.loss, self.scope]),
                         w.HBox([self.use_rate, self.rate]),
                         w.HBox([self.distill, self.heal]),
                     ]
@@ -362,12 +372,15 @@ class Stepper:
         from .distill import DistillConfig
 
         changes: dict[str, Any] = {"tokens": self.tokens.value}
+        changes |= LOSSES.get(self.loss.value, {})
         if self.scope.value != "as set":
             changes["scope"] = self.scope.value
         if self.use_rate.value:
             changes["learning_rate"] = self.rate.value
-        config = DistillConfig.paper() if self.preset.value != DISTILL_TEXT else None
-        self._job("Distill", lambda: self.session.distill_steps(config, **changes))
+        config = DistillConfig.paper() if self.preset.value != DEFAULTS else None
+        text = self.source.value.strip() or None
+        text = None if text == self.session.config.text else text
+        self._job("Distill", lambda: self.session.distill_steps(config, text=text, **changes))
 
     def _heal(self) -> None:
         def done(result) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from . import plots
 from .diagnose import diagnose
+from .history import history_table
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,21 @@ def _quality(session, text):
     return axes, table, "Perplexity against layers removed, with and without distillation."
 
 
+def _branches(session, text):
+    parents = {step.parent for step in session.steps if step.action != "undo"}
+    leaves = [s.step for s in session.steps if s.step not in parents and s.action not in ("undo", "create")]
+    here = session.journal.head.step
+    tables = {f"step {leaf}": history_table(session, leaf) for leaf in leaves if leaf != here}
+    tables["today's student"] = history_table(session, here)
+    tables = {
+        name: t for name, t in tables.items() if t["perplexity"].fillna(t["perplexity_pruned"]).count() > 1
+    }
+    if not tables:
+        return None
+    data = pd.concat(tables, names=["branch"])
+    return plots.branches(tables), data, "Perplexity against layers removed, one line a branch."
+
+
 def _drift(session, text):
     from .drift import drift
 
@@ -106,6 +122,7 @@ _CODE = {
     "importance over iterations": "plots.importance_by_iteration([session.scores_at(s) for s in steps], session.removed)",
     "losses": "plots.loss_curves(session.losses())",
     "quality against layers": "plots.quality(session.history())",
+    "branches": "plots.branches({f'step {s}': history_table(session, s) for s in leaves})",
     "drift by layer": 'plots.drift_by_layer(drift(session.student, session.teacher, session.text("calibration")))',
     "token × layer drift": "plots.token_drift_map(token_drift(session.student, session.teacher, text, session.tokenizer))",
     "redundancy": 'plots.redundancy_heatmap(redundancy(session.student, session.text("calibration")))',
@@ -116,6 +133,7 @@ _LIGHT: dict[str, Callable] = {
     "importance over iterations": _iterations,
     "losses": _losses,
     "quality against layers": _quality,
+    "branches": _branches,
 }
 _HEAVY: dict[str, Callable] = {
     "drift by layer": _drift,

@@ -41,16 +41,23 @@ class Strip:
     layer_ids : list of int
         Of the teacher.
     on_select : callable(layer id)
+    on_toggle : callable(), optional
+        A click, or Enter, on the cell that is selected already.
     """
 
-    def __init__(self, layer_ids: list[int], on_select: Callable[[int], None]):
+    def __init__(
+        self,
+        layer_ids: list[int],
+        on_select: Callable[[int], None],
+        on_toggle: Callable[[], None] | None = None,
+    ):
         self.layer_ids = list(layer_ids)
-        self._on_select = on_select
+        self._on_select, self._on_toggle = on_select, on_toggle
         self.cells = {}
         for layer_id in self.layer_ids:
             cell = w.Button(description=str(layer_id), tooltip=f"layer {layer_id}")
             cell.add_class(f"ildlab-cell-{layer_id}")
-            cell.on_click(lambda _, i=layer_id: self.select(i))
+            cell.on_click(lambda _, i=layer_id: self._clicked(i))
             self.cells[layer_id] = cell
         self.slider = w.SelectionSlider(
             options=self.layer_ids,
@@ -73,6 +80,11 @@ class Strip:
     def select(self, layer_id: int) -> None:
         """Select a layer."""
         self.slider.value = layer_id
+
+    def _clicked(self, layer_id: int) -> None:
+        if layer_id == self.selected and self._on_toggle is not None:
+            self._on_toggle()
+        self.select(layer_id)
 
     def _selected(self, layer_id: int) -> None:
         for i in self.cells:

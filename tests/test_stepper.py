@@ -84,6 +84,11 @@ def test_what_if_changes_words_and_nothing_else(stepper, session):
     assert "layers 2 off" in stepper.answers.value and stepper.answers.value != whole
     assert "switched off" in stepper.strip.cells[2].tooltip
     assert torch.equal(logits(session.student), before) and len(session.steps) == 1
+    # A click, or Enter, on the selected cell toggles as well.
+    stepper.strip.cells[2].click()
+    assert "ildlab-off" not in stepper.strip.cells[2]._dom_classes
+    stepper.strip.cells[2].click()
+    assert "ildlab-off" in stepper.strip.cells[2]._dom_classes
     stepper.reset.click()
     assert stepper.answers.value == "" and "ildlab-off" not in stepper.strip.cells[2]._dom_classes
 
@@ -111,15 +116,37 @@ def test_html_in_names_and_prompts_is_text(stepper):
     assert "&lt;b&gt;x" in stepper.status.value
 
 
+def test_text_and_loss_of_a_distillation_are_chosen_there(stepper, session, tmp_path, text_file):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[100_000:200_000])
+    session.remove(2)
+    stepper.source.value, stepper.loss.value, stepper.scope.value = str(other), "KL alone", "neighbours"
+    stepper.distill.click()
+    step = session.journal.head
+    assert step.result["text"] == str(other)
+    assert step.args["config"]["hidden_weight"] == 0.0 and step.args["trained"] == [1, 3]
+
+
+def test_branches_are_compared_on_one_figure(stepper, session):
+    for layer_id in (1, 3):
+        session.evaluate(speed=False)
+        session.remove(layer_id)
+        session.evaluate(speed=False)
+        session.undo(to=0)
+    stepper.figure_kind.value = "branches"
+    assert stepper._data.index.get_level_values("branch").nunique() == 2
+
+
 @pytest.mark.parametrize("kind", FIGURES)
 def test_every_figure(stepper, session, kind):
     stepper.figure_kind.value = kind
     stepper.draw.click()
+    stepper.evaluate.click()
     stepper.measure.click()
     stepper.remove.click()
     stepper.distill.click()
     stepper.evaluate.click()
-    stepper.text.value = "import os\nprint(1)"
+    stepper.text.value = "import os: print(1)"
     stepper.figure_kind.value = kind
     stepper.draw.click()
     assert 'alt="' in stepper.figure.value, stepper.status.value
