@@ -24,6 +24,7 @@ from .scores import LayerScores
 from .stack import LayerStack, Trunk, shared_prefix
 
 MAX_BRANCH_BYTES = 2 * 2**30
+COMMON = 4  # sequences' worth of faith in the variance that the layers have in common
 CHUNK_BYTES = 48 * 2**20  # of fp32 logits at one time: larger chunks fall out of the CPU's cache
 
 
@@ -286,7 +287,7 @@ def ablation_steps(
     batch_size: int = 8,
     seed: int = 0,
     confidence: float = 0.95,
-    tie: float = 0.01,
+    tie: float = 0.02,
     first: int = 2,
     max_branch_bytes: int = MAX_BRANCH_BYTES,
     chunk_bytes: int = CHUNK_BYTES,
@@ -297,13 +298,16 @@ def ablation_steps(
     ----------
     race : bool
         After each batch drop every layer whose paired difference to the best so far is significantly
-        positive (one-sided t, `confidence` for all layers together: Bonferroni). Stop when one layer
-        is left, when all that are left surely lie within `tie` of the best, or when text runs out.
+        positive: one-sided t, `confidence` for all layers together (Bonferroni), its variance
+        moderated by the layers' median as in Smyth 2004 (doi 10.2202/1544-6115.1027). Stop when one
+        layer is left, when surely none that is left is better than the best by more than `tie`, or
+        when the text runs out.
     tie : float
-        In nats per token: layers so near to each other count as equal.
+        In nats per token: what may be lost by picking one of two layers so near to each other
+        (the indifference zone of Bechhofer 1954).
     first : int
-        Sequences of a small first batch. After it alone, Block Influence of the same tokens is the
-        prior: a layer that both rate far above the others is dropped at once.
+        Sequences of a small first batch. After it, Block Influence of the same tokens is the prior: a
+        layer that both rate far above the others is dropped at once.
     max_branch_bytes : int
         Memory for the branches' hidden states (see `branches`). With offloaded layers, as many
         sequences as fit go through each layer while it is loaded.
@@ -366,27 +370,31 @@ def _race(job: _Job, samples: Samples, prior, confidence: float, tie: float, dro
     seen = samples.weights > 0
     columns = [samples.layer_ids.index(i) for i in job.alive]
     x, w = samples.values[np.ix_(seen, columns)], samples.weights[seen]
+    n = len(x)
+    if n < 2 or len(columns) < 2:
+        return ""
     mean = w @ x / w.sum()
     best = int(mean.argmin())
-    gap = x - x[:, [best]]
-    n, above = len(x), mean - mean[best]
-    drop = np.zeros(len(columns), bool)
-    within = np.zeros(len(columns), bool)
-    if n >= 3:
-        # A floor: a spread of exactly 0 on few sequences proves nothing.
-        spread = np.sqrt((w[:, None] * (gap - above) ** 2).sum(0) / w.sum() / (n - 1)) + 1e-12
-        bound = t_quantile(1 - (1 - confidence) / max(1, len(columns) - 1), n - 1) * spread
-        drop = above - bound > 0
-        within = above + bound <= tie
-    elif prior is not None and len(prior) == len(columns):
+    gap, above = x - x[:, [best]], mean - mean[best]
+    spread = (w[:, None] * (gap - above) ** 2).sum(0) / w.sum() * n / (n - 1)
+    # A variance of two sequences is a guess: it is drawn towards the layers' median (moderated t).
+    common = np.median(np.delete(spread, best))
+    spread = (COMMON * common + (n - 1) * spread) / (COMMON + n - 1)
+    quantile = t_quantile(1 - (1 - confidence) / max(1, len(columns) - 1), n - 1 + COMMON)
+    bound = quantile * np.sqrt(spread / n) + 1e-12
+    drop = above - bound > 0
+    if prior is not None and len(prior) == len(columns):
         middle = np.median(prior)
         apart = prior > middle + 3 * 1.4826 * np.median(np.abs(prior - middle))
-        drop = apart & (gap.min(0) > 0) & (above > np.median(above))
+        drop |= apart & (gap.min(0) > 0) & (above > np.median(above))
     drop[best] = False
+    # Could a layer that is left be better than the best by more than a tie?
+    settled = bool((drop | (above - bound >= -tie)).all())
     for layer_id in [i for i, gone in zip(job.alive, drop, strict=True) if gone]:
         dropped[str(layer_id)] = n
     job.alive = [i for i, gone in zip(job.alive, drop, strict=True) if not gone]
     if len(job.alive) == 1:
         return "one layer is left"
-    within[best] = True
-    return f"{len(job.alive)} layers are left within {tie:g} of each other" if within[~drop].all() else ""
+    return (
+        f"{len(job.alive)} layers are left, none better than the best by more than {tie:g}" if settled else ""
+    )

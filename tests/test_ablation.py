@@ -228,7 +228,7 @@ def test_race_stops_at_a_tie(eight, monkeypatch):
     rng = np.random.default_rng(5)
     values = np.array([0.05, 0.052, 0.9, 1, 2, 3, 4, 5]) + 0.004 * rng.normal(size=(400, 8))
     scores, job = race(monkeypatch, eight, values, tie=0.02)
-    assert scores.details["stopped"] == "2 layers are left within 0.02 of each other"
+    assert scores.details["stopped"] == "2 layers are left, none better than the best by more than 0.02"
     assert scores.finalists == [0, 1] and len(job.rows) < 40
     assert scores.tied == [scores.least_important, 1 - scores.least_important]
 
