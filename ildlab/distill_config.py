@@ -60,7 +60,7 @@ class DistillConfig:
     """Sequences in an optimizer step, over all processes."""
     micro_batch: int | None = None
     """Sequences in one forward pass of one process; gradients are accumulated. None is all of a process's."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     """Peak learning rate of AdamW."""
     warmup: float = 0.1
     """Part of the steps over which the learning rate rises linearly."""
