@@ -18,7 +18,7 @@ from .stack import LayerStack
 class DistillConfig:
     """How a student is distilled. Everything that changes the result is here, and nothing else.
 
-    `DistillConfig()` is what recovers most per second on a CPU (docs/distillation.md has the runs);
+    The defaults follow the runs in docs/distillation.md, which says how far they go;
     `DistillConfig.paper()` is the published loss and scope to the letter.
     """
 
