@@ -12,7 +12,7 @@ import io
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -39,8 +39,9 @@ def timed(work: Callable) -> float:
 
 def least(*works: Callable, repeats: int = 5) -> list[float]:
     """Least seconds of each piece of work, run in turns so that a busy machine hurts all alike."""
-    for work in works:
-        work()
+    if repeats > 1:  # long work needs no warming up
+        for work in works:
+            work()
     times = [[timed(work) for work in works] for _ in range(repeats)]
     return [min(column) for column in zip(*times, strict=True)]
 
@@ -88,17 +89,18 @@ def separate(stack: LayerStack, rows: Rows, positions: int | None) -> None:
             score()
 
 
-def bench() -> list[dict]:
-    """Rows of `benchmarks/run.py`."""
+def row(name: str, ratio: float, limit: str | None, note: str) -> dict:
+    """One row of the table."""
+    return {"name": name, "ratio": ratio, "limit": limit, "note": note}
+
+
+def bench() -> Iterator[dict]:
+    """Yield the rows of `benchmarks/run.py` as they are measured."""
     loaded = load_model(
         "smollm2-135m", dtype="float32", device="cpu" if not torch.cuda.is_available() else "cuda"
     )
     stack = LayerStack(loaded.model)
     text = load_text("python-docs", loaded.tokenizer, block=128, tokens=48 * 128, split="calibration")
-    rows: list[dict] = []
-
-    def add(name: str, ratio: float, limit: str | None, note: str) -> None:
-        rows.append({"name": name, "ratio": ratio, "limit": limit, "note": note})
 
     # -------------------------------------------------------- Block Influence
     some = text.tokens[:16]
@@ -122,7 +124,7 @@ def bench() -> list[dict]:
             )
         )
     seconds = least(*works)
-    add(
+    yield row(
         "block influence / bare decoder pass",
         seconds[1] / seconds[0],
         "<= 1.15",
@@ -132,7 +134,7 @@ def bench() -> list[dict]:
         order = [i for i in scores[-1].ranking if i != stack.layer_ids[-1]]
         other = [i for i in sorted(theirs[-1], key=theirs[-1].get) if i != stack.layer_ids[-1]]
         same = "the same ranking but for the last layer" if order == other else f"ANOTHER ranking: {other}"
-        add(
+        yield row(
             f"block influence / {OPTIPFAIR}",
             seconds[1] / seconds[2],
             "<= 1.0",
@@ -144,7 +146,7 @@ def bench() -> list[dict]:
     swept, apart = least(
         lambda: measure(stack, few.tokens, "nll", batch_size=2), lambda: separate(stack, few, None), repeats=1
     )
-    add(
+    yield row(
         "L separate runs / sweep",
         apart / swept,
         ">= 1.4",
@@ -156,7 +158,7 @@ def bench() -> list[dict]:
         lambda: separate(stack, few, eighth),
         repeats=1,
     )
-    add(
+    yield row(
         "sweep / L separate runs",
         sampled / apart_sampled,
         "<= 0.55",
@@ -164,16 +166,16 @@ def bench() -> list[dict]:
     )
 
     result = []
-    raced = timed(lambda: result.append(measure(stack, text, "nll", race=True, positions=32, batch_size=4)))
+    raced = timed(lambda: result.append(measure(stack, text, "nll", race=True, batch_size=2)))
     all_apart = apart * len(text) / len(few.tokens)
     details = result[0].details
-    full_passes = len(stack) * (len(stack) - 1) * len(text) / 4
-    add(
+    full_passes = len(stack) * (len(stack) - 1) * len(text) / 2
+    yield row(
         "race / L separate runs",
         raced / all_apart,
         "<= 0.125",
         f"{raced:.0f} s against {all_apart:.0f} (2 sequences, scaled to 48); {details['layer_passes']} against "
-        f"{full_passes:.0f} layer passes of a batch of 4; {details['stopped']}",
+        f"{full_passes:.0f} layer passes of a batch of 2; {details['stopped']}",
     )
     if rival is not None:
         tries = [3, 15, 27]
@@ -189,7 +191,7 @@ def bench() -> list[dict]:
                     )
 
         copies = timed(pruned_copies) * len(stack) / len(tries)
-        add(
+        yield row(
             f"{OPTIPFAIR} / sweep",
             copies / swept,
             ">= 1.4",
@@ -198,7 +200,7 @@ def bench() -> list[dict]:
 
     # ------------------------------------------------------------ how it grows
     double = timed(lambda: measure(stack, text.tokens[:4], "nll", batch_size=2))
-    add("sweep of 2x the tokens / 2 sweeps", double / swept / 2, "<= 1.15", "linear in tokens")
+    yield row("sweep of 2x the tokens / 2 sweeps", double / swept / 2, "<= 1.15", "linear in tokens")
     half = stack.share()
     for layer_id in range(1, 30, 2):
         half.remove(layer_id)
@@ -211,11 +213,10 @@ def bench() -> list[dict]:
         return depth * (depth + 1) / 2 + (depth + 1) * head
 
     expected = operations(30) / operations(15)
-    add("sweep of 30 layers / of 15, over its count", swept / shallow / expected, "<= 1.15",
+    yield row("sweep of 30 layers / of 15, over its count", swept / shallow / expected, "<= 1.15",
         f"{swept / shallow:.2f} times, {expected:.2f} by L(L+1)/2 layer passes and L+1 heads")  # fmt: skip
-    return rows
 
 
 if __name__ == "__main__":
-    for row in bench():
-        print(row)
+    for measured in bench():
+        print(measured)
