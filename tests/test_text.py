@@ -15,7 +15,7 @@ import torch
 from ildlab import documents, text
 from ildlab.documents import SPLITS, find_documents, split_of
 from ildlab.errors import TextError
-from ildlab.text import load_text
+from ildlab.text import load_text, tokenizer_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,7 @@ def test_missing_teacher_samples_say_so(tmp_path, monkeypatch, tokenizer):
     with pytest.raises(TextError, match="not part of this copy"):
         load_text("teacher-samples", tokenizer)
     (tmp_path / "teacher_samples").mkdir()
-    (tmp_path / "teacher_samples" / "a.jsonl.gz").write_bytes(
+    (tmp_path / "teacher_samples" / "samples.jsonl.gz").write_bytes(
         gzip.compress("\n".join(json.dumps({"text": each}) for each in prose(60)).encode())
     )
     monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "cache"))
@@ -369,3 +369,9 @@ def test_hub_rows_are_streamed_and_offline_says_what_to_do(cache, tokenizer, mon
         load_text("owner/name:small", tokenizer, block=32, tokens=320, split="eval").fingerprint
         == blocks.fingerprint
     )
+
+
+def test_padding_does_not_make_another_tokenizer(tokenizer):
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "a longer text"], padding=True)
+    assert tokenizer_fingerprint(tokenizer) == before
