@@ -60,7 +60,7 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         else:
             # What decides is the student at the end of an iteration: tasks and speed are measured there.
             ends = phase == "evaluate" or not settings.distill
-            work = session.evaluate_steps(settings.suite if ends else False, speed=ends)
+            work = session.evaluate_steps(settings.suite if ends else False, speed=ends, undistilled=ends)
             found = yield from relabel(work, name, (done, total))
             note = f"{left} layers: perplexity {found.perplexity:.2f}, KL {found.kl:.4f}"
             if found.aggregate is not None:

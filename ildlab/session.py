@@ -529,7 +529,12 @@ class PruningSession:
         return drive(self.distill_steps(config, text=text, **changes), desc="distill", show=show)
 
     def evaluate_steps(
-        self, suite: str | bool | None = None, *, cache: Path | None = None, **options: Any
+        self,
+        suite: str | bool | None = None,
+        *,
+        cache: Path | None = None,
+        undistilled: bool = True,
+        **options: Any,
     ) -> Generator[Progress, None, Evaluation]:
         """Evaluate today's student; see `evaluate`."""
         suite = None if suite is False else suite or self.config.suite
@@ -548,22 +553,22 @@ class PruningSession:
             cache=cache or self.folder / "suites",
             **options,
         )
-        undistilled = None
-        if _own_layers(self.student, self.teacher):
+        bare_figures = None
+        if undistilled and self.trained:
             # What the same removals cost without any distillation: the other curve of the paper's figure.
             bare = self.teacher.share()
             for layer_id in self.removed:
                 bare.remove(layer_id)
             work = evaluate_steps(bare, self.teacher, blocks, speed=False)
             plain = yield from relabel(work, "(never distilled) ")
-            undistilled = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
+            bare_figures = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
         self._append(
             "evaluate",
             args={"suite": suite},
             result=_plain(
                 {
                     "evaluation": found.to_dict(),
-                    "undistilled": undistilled,
+                    "undistilled": bare_figures,
                     "loss": quality_loss(found),
                     "aggregate": found.aggregate,
                 }
@@ -573,7 +578,12 @@ class PruningSession:
         return found
 
     def evaluate(
-        self, suite: str | bool | None = None, *, show: bool | None = None, **options: Any
+        self,
+        suite: str | bool | None = None,
+        *,
+        undistilled: bool = True,
+        show: bool | None = None,
+        **options: Any,
     ) -> Evaluation:
         """Judge today's student against the teacher, and journal the result.
 
@@ -581,10 +591,13 @@ class PruningSession:
         ----------
         suite : str, optional
             By default the run's; False for the eval text alone.
+        undistilled : bool
+            Evaluate the teacher without the same layers, never distilled, as well.
         **options
             As in `ildlab.evaluate.evaluate_steps`.
         """
-        return drive(self.evaluate_steps(suite, **options), desc="evaluate", show=show)
+        work = self.evaluate_steps(suite, undistilled=undistilled, **options)
+        return drive(work, desc="evaluate", show=show)
 
     def undo(self, to: int | None = None, *, reason: str = "") -> Step:
         """Go back: by default to before the latest change of the student. Nothing is deleted.

@@ -28,6 +28,7 @@ from .stepper_worker import Outcome, Worker
 from .whatif import what_if_steps
 
 SHOW_EVERY = 0.3  # seconds between two updates of the widgets while a job runs
+DRAWING_SHARE = 1 / 30  # of a job's time may go into its live figure, however slow the machine draws
 DEFAULTS = "the run's own"
 LOSSES = {
     "KL alone": {"kl_weight": 1.0, "hidden_weight": 0.0},
@@ -67,6 +68,7 @@ class Stepper:
         self._static: Any = None
         self._kept: tuple = (None, None, None)
         self._live: list[dict] = []
+        self._next_figure = 0.0
         self._shown = 0.0
         self._started = 0.0
         self.failed: BaseException | None = None
@@ -309,6 +311,7 @@ class Stepper:
 
         self._say(f"{name} ...")
         self._live = []
+        self._next_figure = 0.0
         if not self.worker.start(make, progress, end):
             self._say("Busy: one thing at a time. Stop the work in hand first, or wait for it.")
 
@@ -317,8 +320,11 @@ class Stepper:
             self.strip.show(partial, here=self.session.student.layer_ids, suggested=partial.least_important)
         elif isinstance(partial, dict) and "kl" in partial:
             self._live.append(partial)
-            if len(self._live) > 1:
+            start = time.perf_counter()
+            if len(self._live) > 1 and start >= self._next_figure:
                 self.figure.value = figures.live_losses(self._live)
+                end = time.perf_counter()
+                self._next_figure = end + (end - start) / DRAWING_SHARE
 
     def _measure(self) -> None:
         options = {} if self.metric.value in ONE_PASS else {"race": self.race.value}

@@ -285,3 +285,23 @@ def test_distill_in_the_background_is_stopped_and_kept(session):
     assert session.journal.head.action == "distill"
     stored = session.student_at(session.journal.head.step)
     assert torch.equal(logits(stored), logits(session.student))
+
+
+def test_live_figure_takes_a_small_share_of_the_time(stepper, monkeypatch):
+    from ildlab import stepper as module
+
+    clock, drawn = [0.0], []
+
+    def draw(records):
+        clock[0] += 0.2  # what one figure takes
+        drawn.append(len(records))
+        return f"figure {len(records)}"
+
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(module.figures, "live_losses", draw)
+    stepper._live, stepper._next_figure = [], 0.0
+    for step in range(200):
+        clock[0] += 0.5
+        stepper._partial({"kl": 1.0, "step": step})
+    assert drawn[0] == 2 and len(drawn) > 10  # at once, then again and again
+    assert 0.2 * len(drawn) <= 0.04 * clock[0]
