@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import nbformat
+
 
 def bench() -> list[dict]:
+    """What the stepper adds to a step, and how soon it answers, in the kernel and in a browser."""
+    return [*in_the_kernel(), *in_a_browser()]
+
+
+def in_the_kernel() -> list[dict]:
     """Distill SmolLM2 by the session alone and through the stepper, in turns, on the same tokens."""
     from ildlab.models import load_model
     from ildlab.progress import drive
@@ -54,5 +62,68 @@ def bench() -> list[dict]:
             "ratio": max(answers) / 0.3,
             "limit": "<= 1",
             "note": f"{len(answers)} clicks, median {1000 * sorted(answers)[len(answers) // 2]:.1f} ms",
+        },
+    ]
+
+
+def in_a_browser() -> list[dict]:
+    """Run the first notebook in JupyterLab: seconds to its first figure, and to answer a click while it distills."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.browser.lab import (
+        CHROMIUM,
+        answer_seconds,
+        browser,
+        jupyterlab,
+        press,
+        ready,
+        run_all,
+        tab,
+        wait_status,
+    )
+
+    if CHROMIUM is None:
+        print("No Chromium: clicks in a browser are not timed.")
+        return []
+    notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "01_step_through_pruning.ipynb", 4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        jupyterlab(Path(folder), cells) as (address, _),
+        browser(Path(folder) / "profile") as page,
+    ):
+        ready(page, address)
+        start = time.perf_counter()
+        run_all(page)
+        page.wait_for_selector(".jp-OutputArea img[alt^=Importance]", state="attached", timeout=240_000)
+        first = time.perf_counter() - start
+        page.wait_for_selector(".ildlab-stepper", timeout=120_000)
+        wait_status(page, "Ready|least important", 240)
+        page.wait_for_function(
+            "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
+        )
+        tab(page, "Remove and distill")
+        press(page, "Select the suggestion")
+        press(page, "Remove the selected layer")
+        wait_status(page, "removed; undo brings it back")
+        press(page, "Distill")
+        wait_status(page, r"Distill: \d")
+        answers = []
+        for _ in range(12):
+            answers.append(answer_seconds(page, "Measure", "Busy"))
+            page.wait_for_timeout(700)  # long enough for the next progress to replace the answer
+        press(page, "Stop")
+        wait_status(page, "Distill stopped", 120)
+    return [
+        {
+            "name": "first figure after run all / 60 s",
+            "ratio": first / 60,
+            "limit": "<= 1",
+            "note": f"{first:.1f} s, notebook 01 in JupyterLab, model in the cache",
+        },
+        {
+            "name": "slowest click in the browser while distilling / 0.3 s",
+            "ratio": max(answers) / 0.3,
+            "limit": "<= 1",
+            "note": f"{len(answers)} clicks, median {1000 * sorted(answers)[len(answers) // 2]:.0f} ms",
         },
     ]

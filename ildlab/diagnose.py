@@ -71,7 +71,7 @@ def diagnose(
     ----------
     history : PruningSession, DataFrame or iterable of mappings
         One row an iteration, the teacher first, with the columns of `ildlab.history.history_table`:
-        `n_removed`, `layer_id`, `kl`, `kl_pruned`, `kl_undistilled`, `aggregate`. What is missing is not judged.
+        `n_removed`, `layer_id`, `kl`, `kl_pruned`, `aggregate`, `aggregate_pruned`. What is missing is not judged.
     errors : sequence of str or exceptions
         Errors that steps ended with.
     thresholds : Thresholds, optional
@@ -92,7 +92,7 @@ def diagnose(
             continue
         at = {"n_removed": n, "layer_id": int(row["layer_id"]) if "layer_id" in row else None}
         distilled = "kl" in row or "perplexity" in row
-        aggregate = row.get("aggregate")
+        aggregate = _aggregate(row)
         if aggregate is not None and aggregate < limits.aggregate_floor and n >= limits.many_removed:
             if not distilled or row.get("distilled") is False:
                 found.append(
@@ -156,9 +156,14 @@ def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and v != v)}
 
 
+def _aggregate(row: Mapping[str, Any]) -> float | None:
+    """Of the student that the next iteration starts from: distilled, or else as pruned."""
+    return row.get("aggregate", row.get("aggregate_pruned"))
+
+
 def _drop(before, row, teacher_aggregate, limits) -> str | None:
     """What a single removal cost, in words, where it is too much."""
-    a, b = before.get("aggregate"), row.get("aggregate")
+    a, b = _aggregate(before), _aggregate(row)
     if a is not None and b is not None and teacher_aggregate:
         part = (a - b) / teacher_aggregate
         return f"{part:.0%} of the teacher's aggregate" if part > limits.sharp_drop else None

@@ -58,7 +58,8 @@ class Explorer:
     def scores(self):
         """Scores of the metric chosen; measured once."""
         return self._once(
-            ("scores", self.metric.value), lambda: measure(self.stack, self.blocks, self.metric.value, show=False)
+            ("scores", self.metric.value),
+            lambda: measure(self.stack, self.blocks, self.metric.value, show=False),
         )
 
     def refresh(self) -> None:
@@ -78,7 +79,9 @@ class Explorer:
             return plots.importance(self.scores), f"{self.scores.metric} of each layer."
         if kind == "redundancy":
             matrix = self._once(kind, lambda: redundancy(self.stack, self.blocks, "cosine", show=False))
-            return plots.redundancy_heatmap(matrix, "cosine"), "Cosine between hidden states of every two layers."
+            return plots.redundancy_heatmap(
+                matrix, "cosine"
+            ), "Cosine between hidden states of every two layers."
         text = self.sentence.value
         table = self._once((kind, text), lambda: logit_lens(self.stack, text, self.tokenizer))
         return plots.logit_lens_map(table), "What each layer's hidden state would predict."

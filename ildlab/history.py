@@ -16,12 +16,13 @@ def history_table(session: PruningSession, step: int | None = None) -> pd.DataFr
     `step` is where the way ends; by default today's student.
 
     Columns: `n_removed`, `layer_id`, `score`, `layers`, `parameters`, `perplexity_pruned`,
-    `kl_pruned` (right after the removal), `perplexity`, `kl` (nats per token, after distillation),
+    `kl_pruned`, `aggregate_pruned` (right after the removal), `perplexity`, `kl` (nats per token, after distillation),
     `perplexity_undistilled`, `kl_undistilled` (the teacher without the same layers, never
     distilled), `agreement`, `aggregate`, `loss` (the quality loss that `max_loss` limits), `seconds`.
     """
     columns = (
-        "n_removed layer_id score layers parameters perplexity_pruned kl_pruned perplexity kl "
+        "n_removed layer_id score layers parameters perplexity_pruned kl_pruned aggregate_pruned "
+        "perplexity kl "
         "perplexity_undistilled kl_undistilled agreement aggregate loss seconds"
     ).split()
     rows: list[dict] = [{"n_removed": 0, "layers": len(session.teacher), "seconds": 0.0}]
@@ -55,6 +56,7 @@ def history_table(session: PruningSession, step: int | None = None) -> pd.DataFr
                 row["aggregate"] = step.result.get("aggregate")
             else:
                 row.update(perplexity_pruned=found["perplexity"], kl_pruned=found["kl"])
+                row["aggregate_pruned"] = step.result.get("aggregate")
             bare = step.result.get("undistilled")
             if bare:
                 row.update(perplexity_undistilled=bare["perplexity"], kl_undistilled=bare["kl"])

@@ -16,28 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ipywidgets as w
-
 from . import stepper_figures as figures
-from .errors import IldlabError
 from .progress import Progress
-from .scores import METRICS, ONE_PASS
+from .scores import ONE_PASS
 from .session import PruningSession
+from .stepper_controls import DEFAULTS, LOSSES, Controls
 from .stepper_strip import Strip
 from .stepper_worker import Outcome, Worker
 from .whatif import what_if_steps
 
 SHOW_EVERY = 0.3  # seconds between two updates of the widgets while a job runs
 DRAWING_SHARE = 1 / 30  # of a job's time may go into its live figure, however slow the machine draws
-DEFAULTS = "the run's own"
-LOSSES = {
-    "KL alone": {"kl_weight": 1.0, "hidden_weight": 0.0},
-    "hidden states alone": {"kl_weight": 0.0, "hidden_weight": 1.0},
-    "both": {"kl_weight": 1.0, "hidden_weight": 1.0},
-}
+BUSY = "Busy: one thing at a time. Stop the work in hand first, or wait for it."
 
 
-class Stepper:
+class Stepper(Controls):
     """The live view of one session.
 
     Parameters
@@ -73,134 +66,57 @@ class Stepper:
         self._started = 0.0
         self.failed: BaseException | None = None
         """What the last job failed with; its text stands in the status line."""
-        self._build(prompt)
+        self.strip = Strip(session.teacher.layer_ids, lambda _: self._describe(), lambda: self.toggle.click())
+        super().__init__(session.config, self.strip, prompt)
+        self._wire()
         self.refresh()
 
-    # ------------------------------------------------------------- building
-
-    def _build(self, prompt: str) -> None:
-        self.status = w.HTML()
-        self.status.add_class("ildlab-status")
-        self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="100%"))
-        self.strip = Strip(
-            self.session.teacher.layer_ids, lambda _: self._describe(), lambda: self.toggle.click()
-        )
-        self.about = _note()
-
-        self.metric = w.Dropdown(
-            options=[m for m in METRICS if m != "task" or self.session.config.suite],
-            value=self.session.config.metric,
-            description="metric",
-        )
-        self.race = w.Checkbox(value=True, description="race (stop early)", indent=False)
-        self.forecast = _note()
+    def _wire(self) -> None:
+        """Give every control its action; direct ones hold the worker, so that no job starts beside them."""
+        for button, action in (
+            (self.measure, self._measure),
+            (self.toggle, self._toggle),
+            (self.reset, self._reset),
+            (self.try_it, self._what_if),
+            (self.suggest, self._suggest),
+            (self.distill, self._distill),
+            (self.heal, self._heal),
+            (self.evaluate, self._evaluate),
+            (self.export, self._export),
+            (self.draw, self._draw_heavy),
+        ):
+            button.on_click(lambda _, action=action: self._do(action))
+        for button, action in (
+            (self.remove, self._remove),
+            (self.undo, self._undo),
+            (self.go_back, self._go_back),
+            (self.branch, self._branch),
+            (self.save, self._save),
+        ):
+            button.on_click(lambda _, action=action: self._do(action, hold=True))
+        self.stop.on_click(lambda _: self.worker.stop())
+        self.pause.on_click(lambda _: self._pause())
         for control in (self.metric, self.race):
             control.observe(lambda _: self._forecast(), names="value")
-        self.measure = self._button("Measure", self._measure)
-
-        self.prompt = w.Textarea(value=prompt, rows=2, description="prompt", layout=w.Layout(width="98%"))
-        self.toggle = self._button("Switch the selected layer off or on", self._toggle)
-        self.reset = self._button("All layers on", self._reset)
-        self.try_it = self._button("Compare", self._what_if)
-        self.answers = _note()
-
-        self.remove = self._button("Remove the selected layer", self._remove)
-        self.suggest = self._button("Select the suggestion", self._suggest)
-        self.preset = w.Dropdown(options=[DEFAULTS, "the paper's"], description="settings")
-        self.source = w.Text(value=self.session.config.text, description="text")
-        self.loss = w.Dropdown(options=["as set", *LOSSES], description="loss")
-        self.scope = w.Dropdown(
-            options=["as set", "neighbours", "window(2)", "suffix", "all"], description="scope"
-        )
-        self.rate = w.FloatLogSlider(value=3e-4, min=-5, max=-2, step=0.25, description="learning rate")
-        self.use_rate = w.Checkbox(value=False, description="use this learning rate", indent=False)
-        self.tokens = w.IntText(value=self.session.config.train_tokens, description="tokens")
-        self.distill = self._button("Distill", self._distill)
-        self.heal = self._button("Heal in closed form", self._heal)
-
-        self.suite = w.Text(
-            value=self.session.config.suite or "", description="suite", placeholder="mini7@20"
-        )
-        self.evaluate = self._button("Evaluate", self._evaluate)
-        self.results = _note()
-
-        self.steps = w.Dropdown(description="step", layout=w.Layout(width="98%"))
-        self.undo = self._button("Undo", self._undo)
-        self.go_back = self._button("Go to this step", self._go_back)
-        self.folder = w.Text(value="", description="folder", placeholder="runs/branch or runs/out")
-        self.branch = self._button("Branch into the folder", self._branch)
-        self.export = self._button("Export to the folder", self._export)
-        self.history = _note()
-
-        self.stop = self._button("Stop", lambda: self.worker.stop(), while_busy=True)
-        self.pause = self._button("Pause", self._pause, while_busy=True)
-
-        self.figure_kind = w.Dropdown(options=list(figures.FIGURES), description="figure")
         self.figure_kind.observe(lambda _: self._draw(), names="value")
-        self.text = w.Textarea(value=prompt, rows=2, description="text", layout=w.Layout(width="98%"))
-        self.draw = self._button("Draw", self._draw_heavy)
-        self.save_as = w.Dropdown(
-            options=["PNG", "SVG", "CSV"], description="save as", layout=w.Layout(width="180px")
-        )
-        self.save = self._button("Save", self._save)
-        self.figure = w.HTML()
-        self.code = _note()
 
-        tabs = w.Tab(
-            [
-                w.VBox([w.HBox([self.metric, self.race, self.measure]), self.forecast]),
-                w.VBox([self.prompt, w.HBox([self.toggle, self.try_it, self.reset]), self.answers]),
-                w.VBox(
-                    [
-                        w.HBox([self.suggest, self.remove]),
-                        w.HBox([self.source, self.tokens]),
-                        w.HBox([self.preset, self.loss, self.scope]),
-                        w.HBox([self.use_rate, self.rate]),
-                        w.HBox([self.distill, self.heal]),
-                    ]
-                ),
-                w.VBox([w.HBox([self.suite, self.evaluate]), self.results]),
-                w.VBox(
-                    [
-                        w.HBox([self.undo, self.steps, self.go_back]),
-                        w.HBox([self.folder, self.branch, self.export]),
-                        self.history,
-                    ]
-                ),
-            ],
-            titles=["Measure", "What if", "Remove and distill", "Evaluate", "History and export"],
-        )
-        self.tabs = tabs
-        right = w.VBox(
-            [
-                self.figure_kind,
-                self.figure,
-                self.text,
-                w.HBox([self.draw, self.save_as, self.save]),
-                self.code,
-            ]
-        )
-        self.view = w.VBox(
-            [self.status, self.bar, w.HBox([self.stop, self.pause]), self.strip.view, self.about, tabs, right]
-        )
-        self.view.add_class("ildlab-stepper")
-
-    def _button(self, label: str, action: Callable[[], None], while_busy: bool = False) -> w.Button:
-        button = w.Button(description=label, layout=w.Layout(width="auto"))
-        button.add_class("ildlab-" + label.lower().split()[0])
-
-        def clicked(_):
-            if self.worker.busy and not while_busy:
-                self._say("Busy: one thing at a time. Stop the work in hand first, or wait for it.")
+    def _do(self, action: Callable[[], None], hold: bool = False) -> None:
+        """Do what a button asks for; what goes wrong stands in the status line, in words."""
+        try:
+            if not hold:
+                if self.worker.busy:
+                    self._say(BUSY)
+                else:
+                    action()
                 return
-            try:
-                action()
-            except IldlabError as error:
-                self.failed = error
-                self._say(f"Not done: {error}")
-
-        button.on_click(clicked)
-        return button
+            with self.worker.hold() as held:
+                if held:
+                    action()
+                else:
+                    self._say(BUSY)
+        except Exception as error:  # a kernel's log is no place for what a person has to know
+            self.failed = error
+            self._say(f"Not done: {error}")
 
     # --------------------------------------------------------------- showing
 
@@ -270,7 +186,11 @@ class Stepper:
         if self._kept[:2] == (kind, self.session.journal.head.step):
             drawn = self._kept[2]
         else:
-            drawn = figures.draw(kind, self.session)
+            try:
+                drawn = figures.draw(kind, self.session)
+            except Exception as error:  # one figure that fails must not hide how the step itself ended
+                self.failed = error
+                drawn = figures.undrawn(kind, f"“{kind}” could not be drawn: {error}")
         self.figure.value, self._axes, self._data = drawn.html, drawn.axes, drawn.data
         self.code.value = (
             f"<details><summary>show me the code</summary><pre>{html.escape(drawn.code)}</pre></details>"
@@ -313,7 +233,7 @@ class Stepper:
         self._live = []
         self._next_figure = 0.0
         if not self.worker.start(make, progress, end):
-            self._say("Busy: one thing at a time. Stop the work in hand first, or wait for it.")
+            self._say(BUSY)
 
     def _partial(self, partial: Any) -> None:
         if hasattr(partial, "least_important"):
@@ -487,12 +407,6 @@ class Stepper:
 
     def _repr_html_(self) -> str:
         return self.static_html()
-
-
-def _note() -> w.HTML:
-    note = w.HTML()
-    note.add_class("ildlab-note")
-    return note
 
 
 def _table(frame) -> str:

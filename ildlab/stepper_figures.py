@@ -146,14 +146,22 @@ FIGURES = (*_LIGHT, *_HEAVY)
 
 def draw(kind: str, session, *, text: str = "", heavy: bool = False) -> Drawn:
     """Draw one of `FIGURES`; those that take a forward pass only with `heavy`."""
-    code = f"from ildlab import plots\nfrom ildlab.drift import *\n\n{_CODE[kind]}"
     if kind in _HEAVY and not heavy:
-        return Drawn(_words("This figure runs the model: press Draw."), None, None, code)
+        return undrawn(kind, "This figure runs the model: press Draw.")
     drawn = (_HEAVY if kind in _HEAVY else _LIGHT)[kind](session, text)
     if drawn is None:
-        return Drawn(_words(f"Nothing to draw yet for “{kind}”."), None, None, code)
+        return undrawn(kind, f"Nothing to draw yet for “{kind}”.")
     axes, data, alt = drawn
-    return Drawn(plots.to_html(axes, alt), axes, data, code)
+    return Drawn(plots.to_html(axes, alt), axes, data, _code(kind))
+
+
+def undrawn(kind: str, words: str) -> Drawn:
+    """Words in the place of a figure."""
+    return Drawn(f'<div class="ildlab-note">{html.escape(words)}</div>', None, None, _code(kind))
+
+
+def _code(kind: str) -> str:
+    return f"from ildlab import plots\nfrom ildlab.drift import *\n\n{_CODE[kind]}"
 
 
 def live_losses(records: list[dict]) -> str:
@@ -194,7 +202,3 @@ def step_labels(session) -> list[tuple[str, int]]:
             (f"{'  ' * depth[step.step]}{mark} {step.step}: {what} ({step.seconds:.0f} s)", step.step)
         )
     return labels
-
-
-def _words(words: str) -> str:
-    return f'<div class="ildlab-note">{html.escape(words)}</div>'

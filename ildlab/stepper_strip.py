@@ -52,6 +52,8 @@ class Strip:
         on_toggle: Callable[[], None] | None = None,
     ):
         self.layer_ids = list(layer_ids)
+        # The slider has to stand somewhere: until a person chooses, a click on that cell only selects it.
+        self._chosen = False
         self._on_select, self._on_toggle = on_select, on_toggle
         self.cells = {}
         for layer_id in self.layer_ids:
@@ -82,11 +84,13 @@ class Strip:
         self.slider.value = layer_id
 
     def _clicked(self, layer_id: int) -> None:
-        if layer_id == self.selected and self._on_toggle is not None:
+        if layer_id == self.selected and self._chosen and self._on_toggle is not None:
             self._on_toggle()
+        self._chosen = True
         self.select(layer_id)
 
     def _selected(self, layer_id: int) -> None:
+        self._chosen = True
         for i in self.cells:
             self._mark(i, i == layer_id)
         self._on_select(layer_id)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +60,22 @@ class Worker:
         if self.inline:
             self._run(make, on_progress, on_end)
         else:
-            if self._thread is None:
+            # A callback that raised ended the thread, with its traceback in the kernel's log.
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._loop, name="ildlab-worker", daemon=True)
                 self._thread.start()
             self._jobs.put((make, on_progress, on_end))
         return True
+
+    @contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Keep jobs from starting while the block runs; gives False where one is running already."""
+        held = self._busy.acquire(blocking=False)
+        try:
+            yield held
+        finally:
+            if held:
+                self._busy.release()
 
     def stop(self) -> None:
         """Close the job at its next yield, held or not."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 
 from ildlab.diagnose import Thresholds, diagnose
+from ildlab.session import PruningSession
 
 NAN = float("nan")
 
@@ -35,6 +38,9 @@ def test_pruning_without_distillation():
         f.signature for f in diagnose(rows.assign(kl=rows.kl_pruned * 0.9))
     }
     assert diagnose(rows, thresholds=Thresholds(aggregate_floor=0.2)) == []
+    # As a session's history has it: a student that was never distilled has an aggregate "as pruned".
+    seen = diagnose(rows.rename(columns={"aggregate": "aggregate_pruned"}))
+    assert names(seen) == [("pruning without distillation", 5)]
 
 
 def test_essential_layer_by_aggregate_and_by_kl():
@@ -61,3 +67,23 @@ def test_not_finite(error):
     found = diagnose(table(kl=[NAN, 0.1]), errors=[error, "some other error"])
     assert [f.signature for f in found] == ["not finite"]
     assert "learning rate" in found[0].advice
+
+
+def test_a_session_that_never_distills_is_told_so(tmp_path, tiny_folder, text_file):
+    tasks = tmp_path / "tasks.jsonl"
+    rows = [{"query": f"number {i} is", "choices": [f" {i}", f" {i + 1}"], "gold": i % 2} for i in range(8)]
+    tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    session = PruningSession.create(
+        tmp_path / "run", str(tiny_folder), dtype="float32", text=str(text_file), block=32,
+        calibration_tokens=64, train_tokens=64, eval_tokens=64, suite=f"file:{tasks}",
+    )  # fmt: skip
+    session.evaluate(speed=False)
+    for layer_id in (1, 2, 3, 4):
+        session.remove(layer_id)
+        session.evaluate(speed=False)
+    last = session.history().iloc[-1]
+    assert last["aggregate_pruned"] == last["aggregate_pruned"] and last["aggregate"] != last["aggregate"]
+    # No model scores above 1: whatever the random one scores counts as collapse here.
+    found = diagnose(session, thresholds=Thresholds(aggregate_floor=1.01, sharp_drop=9.0))
+    assert names(found) == [("pruning without distillation", 4)]
+    session.close()

@@ -84,7 +84,8 @@ def test_every_import_is_declared():
         "tokenizers",
         "ipykernel",
     }
-    rivals = {"optipfair", "trl"}  # benchmarks measure against them where a person has installed them
+    # Benchmarks measure against rivals where a person has installed them, and borrow the tests' browser.
+    benchmarking = {"optipfair", "trl", "tests"}
     for file in [*ROOT.glob("ildlab/*.py"), *ROOT.glob("benchmarks/*.py")]:
         local = {each.stem for each in file.parent.glob("*.py")} if file.parent.name != "ildlab" else set()
         for node in ast.walk(ast.parse(file.read_text())):
@@ -94,7 +95,7 @@ def test_every_import_is_declared():
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 modules = [node.module]
             for module in modules:
-                known = allowed | local | (rivals if file.parent.name == "benchmarks" else set())
+                known = allowed | local | (benchmarking if file.parent.name == "benchmarks" else set())
                 assert module.partition(".")[0] in known, f"{file.name} imports {module}"
 
 

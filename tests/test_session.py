@@ -318,7 +318,9 @@ def test_sigkill_in_each_phase(make, phase):
     victim.close()
 
     command = [sys.executable, "-c", WORKER, str(victim.folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     seen = 0
     for line in process.stdout:
         # The second iteration: there is something to lose by then.

@@ -116,6 +116,51 @@ def test_html_in_names_and_prompts_is_text(stepper):
     assert "&lt;b&gt;x" in stepper.status.value
 
 
+def test_direct_actions_hold_the_worker(session, monkeypatch):
+    stepper = Stepper(session, prompt="x")
+    seen = []
+    real = session.remove
+
+    def remove(layer_id):
+        seen.append(stepper.worker.start(lambda: count(1, []), lambda p: None, lambda o: None))
+        return real(layer_id)
+
+    monkeypatch.setattr(session, "remove", remove)
+    stepper.strip.select(2)
+    stepper.remove.click()
+    assert seen == [False] and session.removed == [2]  # no job could start beside it
+    assert not stepper.worker.busy
+    with stepper.worker.hold() as held:
+        assert held
+        stepper.undo.click()
+        assert "Busy" in stepper.status.value and session.removed == [2]
+
+
+def test_what_fails_outside_of_ildlab_is_words_too(stepper, session, monkeypatch):
+    from ildlab import plots
+
+    def broken(*_, **__):
+        raise ValueError("no <room>")
+
+    monkeypatch.setattr(plots, "importance", broken)
+    stepper.measure.click()
+    assert "Measured" in stepper.status.value  # the step itself is done, and said so
+    assert "could not be drawn: no &lt;room&gt;" in stepper.figure.value
+    monkeypatch.undo()
+    stepper.figure_kind.value = "losses"
+    stepper.figure_kind.value = "importance"
+    monkeypatch.setattr(plots, "save", lambda *_: (_ for _ in ()).throw(OSError("disk is full")))
+    stepper.save.click()
+    assert "Not done: disk is full" in stepper.status.value and isinstance(stepper.failed, OSError)
+
+
+def test_the_first_click_on_a_cell_selects_and_the_second_toggles(stepper):
+    stepper.strip.cells[0].click()
+    assert "ildlab-off" not in stepper.strip.cells[0]._dom_classes
+    stepper.strip.cells[0].click()
+    assert "ildlab-off" in stepper.strip.cells[0]._dom_classes
+
+
 def test_text_and_loss_of_a_distillation_are_chosen_there(stepper, session, tmp_path, text_file):
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[100_000:200_000])
@@ -252,6 +297,20 @@ def test_worker_pause_holds_and_stop_frees():
     worker.pause()
     worker.stop()
     assert worker.wait(5) and ends[-1].state == "stopped"
+
+
+def test_worker_outlives_a_callback_that_raises(monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    worker, ends = Worker(), []
+
+    def broken(_):
+        raise RuntimeError("in the view")
+
+    worker.start(lambda: count(1, []), lambda p: None, broken)
+    assert worker.wait(5)
+    worker._thread.join(5)
+    assert worker.start(lambda: count(1, []), lambda p: None, ends.append) and worker.wait(5)
+    assert ends[0].state == "done"
 
 
 def test_worker_failure_is_an_outcome():

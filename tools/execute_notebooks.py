@@ -43,7 +43,9 @@ def smaller(encoded: str) -> str:
     """Recode a PNG with a palette of 256 colours: enough for figures, at a third of the size."""
     image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")
     buffer = io.BytesIO()
-    image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True
+    )
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

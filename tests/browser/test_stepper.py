@@ -1,27 +1,19 @@
-"""The stepper in a real JupyterLab, driven by mouse and keyboard in a real Chromium, on SmolLM2."""
+"""The stepper in a real JupyterLab, driven by mouse and keyboard in a real Chromium, on SmolLM2.
+
+`ILDLAB_SCREENSHOTS=folder` keeps a picture of each state; `ILDLAB_THEME="JupyterLab Dark"` changes the theme.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
 
-import nbformat
 import pytest
 
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-]  # fmt: skip
+from .lab import CHROMIUM, browser, jupyterlab, press, ready, run_all, status, tab, wait_status
+
 IMAGES = os.environ.get("ILDLAB_SCREENSHOTS")
+THEME = os.environ.get("ILDLAB_THEME", "JupyterLab Light")
 
 pytestmark = [
     pytest.mark.browser,
@@ -47,117 +39,32 @@ Stepper(session)""",
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A JupyterLab of its own on loopback: (address of the notebook, folder)."""
-    root = tmp_path_factory.mktemp("lab")
-    work = root / "work"
-    work.mkdir()
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(source) for source in CELLS],
-        metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
-    )
-    nbformat.write(notebook, work / "stepper.ipynb")
-    settings = root / "settings"
-    quiet = {"fetchNews": "false", "checkForUpdates": False}
-    for name, values in (
-        ("apputils-extension/notification", quiet),
-        ("apputils-extension/themes", {"theme": os.environ.get("ILDLAB_THEME", "JupyterLab Light")}),
-    ):
-        file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(values))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {
-        **os.environ,
-        **{f"JUPYTER_{k}_DIR": str(root / k.lower()) for k in ("CONFIG", "DATA", "RUNTIME")},
-        "IPYTHONDIR": str(root / "ipython"),
-        "JUPYTERLAB_SETTINGS_DIR": str(settings),
-        "JUPYTERLAB_WORKSPACES_DIR": str(root / "workspaces"),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }
-    command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-        "--ServerApp.port_retries=0", "--IdentityProvider.token=t0ken", f"--ServerApp.root_dir={work}",
-        "--LabApp.expose_app_in_browser=True",
-    ]  # fmt: skip
-    log = open(root / "lab.log", "w")
-    server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=work)
-    base = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{base}/api?token=t0ken", timeout=2)
-                break
-            except OSError:
-                assert server.poll() is None, (root / "lab.log").read_text()
-                time.sleep(0.5)
-        yield f"{base}/lab/tree/stepper.ipynb?token=t0ken", work
-    finally:
-        server.terminate()
-        server.wait(20)
-        log.close()
+    """A JupyterLab with one notebook: (its address, its folder)."""
+    with jupyterlab(tmp_path_factory.mktemp("lab"), CELLS, THEME) as served:
+        yield served
 
 
 @pytest.fixture
 def page(tmp_path):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        context = play.chromium.launch_persistent_context(
-            str(tmp_path / "profile"), executable_path=CHROMIUM, headless=True, args=FLAGS,
-            viewport={"width": 1250, "height": 1250},
-        )  # fmt: skip
-        opened = context.new_page()
-        opened.errors = []
-        opened.on("console", lambda m: opened.errors.append(m.text) if m.type == "error" else None)
+    with browser(tmp_path / "profile") as opened:
         yield opened
-        context.close()
-
-
-def ready(page, address: str) -> None:
-    page.goto(address)
-    page.wait_for_function("window.jupyterapp !== undefined", timeout=60_000)
-    page.evaluate(
-        """async () => {
-          const app = window.jupyterapp; await app.restored;
-          let panel;
-          for (let i = 0; i < 300 && !(panel = app.shell.currentWidget)?.context; i++)
-            await new Promise(r => setTimeout(r, 100));
-          await panel.context.ready; await panel.sessionContext.ready; await panel.sessionContext.session.kernel.info;
-        }"""
-    )
-
-
-def run_all(page) -> None:
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-
-
-def status(page) -> str:
-    return page.locator(".ildlab-status").first.inner_text()
-
-
-def wait_status(page, pattern: str, seconds: float = 120) -> str:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        words = status(page)
-        if re.search(pattern, words):
-            return words
-        time.sleep(0.05)
-    raise AssertionError(f"the status never said {pattern!r}; it says {status(page)!r}")
-
-
-def press(page, label: str) -> None:
-    page.get_by_role("button", name=label, exact=True).first.click()
-
-
-def tab(page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
 
 
 def shot(page, name: str) -> None:
     if IMAGES:
         page.locator(".ildlab-stepper").first.screenshot(path=f"{IMAGES}/{name}.png")
+
+
+def figures(page) -> None:
+    """Keep a picture of every figure, those that run the model too."""
+    from ildlab.stepper_figures import FIGURES
+
+    kinds = page.locator(".ildlab-stepper select").filter(has_text=FIGURES[0]).first
+    for kind in FIGURES:
+        kinds.select_option(kind)
+        press(page, "Draw")
+        wait_status(page, f"Drawn: {re.escape(kind)}")
+        shot(page, "figure_" + kind.replace(" ", "_").replace("×", "x"))
 
 
 def test_the_whole_flow(lab, page):
@@ -166,13 +73,16 @@ def test_the_whole_flow(lab, page):
     run_all(page)
     page.wait_for_selector(".ildlab-stepper", timeout=120_000)
     wait_status(page, "Ready. 30 of 30 layers")
+    shot(page, "ready")
 
     # Measure, and stop one in the middle; then measure to the end.
     page.locator(".ildlab-stepper select").first.select_option("kl")
     press(page, "Measure")
     wait_status(page, r"Measure: \d")
+    shot(page, "measuring")
     press(page, "Stop")
     wait_status(page, "Measure stopped")
+    shot(page, "stopped")
     page.locator(".ildlab-stepper select").first.select_option("block_influence")
     press(page, "Measure")
     wait_status(page, "least important")
@@ -204,6 +114,10 @@ def test_the_whole_flow(lab, page):
     press(page, "Remove the selected layer")
     wait_status(page, "removed; undo brings it back")
     assert page.locator(".ildlab-removed").count() == 1
+    shot(page, "removed")
+    press(page, "Remove the selected layer")
+    wait_status(page, "Not done: Layer .* is not in the student")
+    shot(page, "refused")
     press(page, "Distill")
     wait_status(page, r"Distill: \d")
     page.evaluate(
@@ -212,7 +126,10 @@ def test_the_whole_flow(lab, page):
     )
     press(page, "Pause")
     wait_status(page, "Paused|paused")
+    shot(page, "paused")
     press(page, "Resume")
+    wait_status(page, r"Distill: \d")
+    shot(page, "distilling")
     wait_status(page, "Distill: done", 300)
     shot(page, "distilled")
 
@@ -220,6 +137,9 @@ def test_the_whole_flow(lab, page):
     press(page, "Evaluate")
     wait_status(page, "Evaluate: done")
     assert "perplexity" in page.locator(".ildlab-stepper").inner_text()
+    shot(page, "evaluated")
+    if IMAGES:
+        figures(page)
 
     tab(page, "History and export")
     shot(page, "history")
@@ -235,6 +155,7 @@ def test_the_whole_flow(lab, page):
     press(page, "Export to the folder")
     wait_status(page, "Exported to out")
     assert (work / "out" / "model.safetensors").is_file() and (work / "branch" / "journal.jsonl").is_file()
+    shot(page, "exported")
     before = status(page)
 
     # A restarted kernel and a reloaded page stand at the same step.
