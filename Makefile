@@ -15,7 +15,7 @@ STAMP := $(VENV)/.setup-stamp
 CACHE := $(or $(ILDLAB_CACHE),$(HOME)/.cache/ildlab)
 MODEL := $(CACHE)/models/smollm2-135m/config.json
 NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/batch/*.ipynb)
-# Added to pytest's run of tests/ (not to nbval's), such as PYTEST_FLAGS="-k text".
+# Added to pytest's run, such as PYTEST_FLAGS="-k text".
 PYTEST_FLAGS ?=
 
 .PHONY: help setup demo test lab bench lint browser
@@ -40,10 +40,8 @@ demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoin
 	$(BIN)/python -m ildlab.demo
 
 test: setup browser  ## All tests, then every notebook against its saved outputs
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_FLAGS)
-	@if [ -n "$(NOTEBOOKS)" ]; then \
-		set -x; $(BIN)/python -m pytest -n auto --dist loadfile --nbval-lax --nbval-cell-timeout 900 --timeout 900 $(NOTEBOOKS); \
-	else echo "No notebook to check."; fi
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
+		--nbval-lax --nbval-cell-timeout 900 --timeout 900 $(PYTEST_FLAGS) tests $(NOTEBOOKS)
 
 # Browser tests are skipped where there is no Chromium and no right to install one.
 browser:

@@ -258,9 +258,7 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
             if str(c).startswith(("mse", "hidden_")) and not str(c).endswith(("_grad", "_share", "_norm"))
         ],
     )
-    for axes, columns, unit in zip(
-        pair, groups, ("KL (nats per token)", "MSE of hidden states"), strict=True
-    ):
+    for axes, columns, unit in zip(pair, groups, ("KL (nats per token)", "hidden-state loss"), strict=True):
         drawn = []
         for column, colour, dash in zip(columns, COLOURS, ("-", "--", ":", "-."), strict=False):
             values = pd.to_numeric(history[column], errors="coerce")

@@ -79,7 +79,10 @@ class Controls:
             options=["as set", "neighbours", "window(2)", "suffix", "all"], description="scope"
         )
         self.use_rate = w.Checkbox(value=False, description="use this learning rate", indent=False)
-        self.rate = w.FloatLogSlider(value=3e-4, min=-5, max=-2, step=0.25, description="learning rate")
+        self.rate = w.FloatLogSlider(
+            value=3e-4, min=-5, max=-2, step=0.25, description="learning rate",
+            style={"description_width": "initial"},
+        )  # fmt: skip
         self.distill = _button("Distill")
         self.heal = _button("Heal in closed form")
         return w.VBox(
@@ -99,7 +102,7 @@ class Controls:
         return w.VBox([w.HBox([self.suite, self.evaluate]), self.results])
 
     def _going_back(self) -> w.Widget:
-        self.steps = w.Dropdown(description="step", layout=w.Layout(width="98%"))
+        self.steps = w.Dropdown(description="step", layout=w.Layout(flex="1 1 auto"))
         self.undo = _button("Undo")
         self.go_back = _button("Go to this step")
         self.folder = w.Text(value="", description="folder", placeholder="runs/branch or runs/out")
@@ -138,7 +141,7 @@ class Controls:
 
 
 def _button(label: str) -> w.Button:
-    button = w.Button(description=label, layout=w.Layout(width="auto"))
+    button = w.Button(description=label, layout=w.Layout(width="auto", flex="0 0 auto"))
     button.add_class("ildlab-" + label.lower().split()[0])
     return button
 

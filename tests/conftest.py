@@ -15,6 +15,16 @@ if _WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
+def pytest_collection_modifyitems(items):
+    """Long files first, so that no worker is left alone with one of them at the end."""
+    long = ["browser/", "iterate.ipynb", "04_", "02_", ".ipynb", "test_session.py"]
+    rank: dict = {}
+    for item in items:
+        found = next((i for i, name in enumerate(long) if name in item.nodeid), len(long))
+        rank[item.path] = min(found, rank.get(item.path, found))
+    items.sort(key=lambda item: rank[item.path])  # stable: the order within a file stays
+
+
 @pytest.fixture(scope="session")
 def teacher():
     """SmolLM2-135M in fp32. Shared by all tests: do not change it (`copy.deepcopy` first)."""

@@ -115,7 +115,7 @@ def test_loss_curves_keeps_kl_and_mse_apart():
     )
     left = plots.loss_curves(history)
     right = left.figure.axes[1]
-    assert "KL" in left.get_ylabel() and "MSE" in right.get_ylabel()
+    assert "KL" in left.get_ylabel() and "hidden" in right.get_ylabel()
     assert left.lines[0].get_ydata() == pytest.approx(history["kl"])
     assert {line.get_linestyle() for line in right.lines} >= {"-", "--"}
     one = plots.loss_curves(pd.DataFrame({"step": [1], "kl": [2.0]}))

@@ -355,7 +355,7 @@ def test_real_model_one_iteration(teacher, tmp_path):
         teacher,
         block=64,
         calibration_tokens=8 * 64,
-        train_tokens=40 * 64,
+        train_tokens=28 * 64,
         eval_tokens=8 * 64,
         metric="block_influence",
     )

@@ -86,7 +86,7 @@ def browser(profile: Path) -> Iterator:
     with sync_playwright() as play:
         context = play.chromium.launch_persistent_context(
             str(profile), executable_path=CHROMIUM, headless=True, args=FLAGS,
-            viewport={"width": 1250, "height": 1250},
+            viewport={"width": 1250, "height": 1800},
         )  # fmt: skip
         page = context.new_page()
         page.errors = []
