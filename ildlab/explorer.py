@@ -9,7 +9,6 @@ import ipywidgets as w
 
 from . import plots
 from .drift import logit_lens, redundancy
-from .errors import IldlabError
 from .scores import ONE_PASS, measure
 from .stack import LayerStack
 from .stepper_strip import Strip
@@ -70,7 +69,7 @@ class Explorer:
             self.figure.value = plots.to_html(*self._drawn())
             self.status.value = ""
             self._describe()
-        except IldlabError as error:
+        except Exception as error:  # a widget's callback has no other place to say it
             self.status.value = f'<div role="status">{html.escape(str(error))}</div>'
 
     def _drawn(self):
