@@ -79,14 +79,14 @@ def jupyterlab(root: Path, cells: list[str], theme: str = "JupyterLab Light") ->
 
 
 @contextmanager
-def browser(profile: Path) -> Iterator:
+def browser(profile: Path, height: int = 1250) -> Iterator:
     """Open a page of a fresh Chromium; `page.errors` collects what its console calls an error."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
         context = play.chromium.launch_persistent_context(
             str(profile), executable_path=CHROMIUM, headless=True, args=FLAGS,
-            viewport={"width": 1250, "height": 1800},
+            viewport={"width": 1250, "height": height},
         )  # fmt: skip
         page = context.new_page()
         page.errors = []

@@ -46,7 +46,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture
 def page(tmp_path):
-    with browser(tmp_path / "profile") as opened:
+    with browser(tmp_path / "profile", 1800 if IMAGES else 1250) as opened:
         yield opened
 
 
