@@ -14,7 +14,8 @@ EXTRAS := dev,eval,lora
 STAMP := $(VENV)/.setup-stamp
 CACHE := $(or $(ILDLAB_CACHE),$(HOME)/.cache/ildlab)
 MODEL := $(CACHE)/models/smollm2-135m/config.json
-NOTEBOOKS = $(wildcard notebooks/*.ipynb notebooks/batch/*.ipynb)
+# Batch notebooks beside the first one are run by tests/notebooks, with small parameters.
+NOTEBOOKS = $(wildcard notebooks/*.ipynb) notebooks/batch/iterate.ipynb
 # Added to pytest's run, such as PYTEST_FLAGS="-k text".
 PYTEST_FLAGS ?=
 
