@@ -114,7 +114,7 @@ def in_a_browser() -> list[dict]:
         answers = []
         for _ in range(10):
             answers.append(answer_seconds(page, "Measure", "Busy"))
-            page.wait_for_timeout(700)  # long enough for the next progress to replace the answer
+            wait_status(page, r"Distill: \d")  # the next progress: the same words twice would be no change
         press(page, "Stop")
         wait_status(page, "Distill stopped", 120)
     return [
