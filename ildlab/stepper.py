@@ -141,8 +141,7 @@ class Stepper(Controls):
         self.history.value = _table(table.drop(columns=["kl_undistilled"]).dropna(axis=1, how="all"))
         self.steps.options = figures.step_labels(session)
         self.steps.value = session.journal.head.step
-        found = session.evaluation
-        self.results.value = (found._repr_html_() if found else "") + figures.warnings_html(session)
+        self.results.value = figures.evaluation_html(session) + figures.warnings_html(session)
         self._draw()
         where = f"{len(session.student)} of {len(session.teacher)} layers, step {session.journal.head.step}."
         self._say(f"{words} {where}" if words else f"Ready. {where}")

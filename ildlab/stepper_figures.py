@@ -11,6 +11,7 @@ import pandas as pd
 
 from . import plots
 from .diagnose import diagnose
+from .evaluation import Evaluation
 from .history import history_table
 
 
@@ -168,6 +169,21 @@ def live_losses(records: list[dict]) -> str:
     """The curves of the distillation in hand."""
     return plots.to_html(
         plots.loss_curves(pd.DataFrame(records)), "Losses of the distillation in hand.", scale=1.0
+    )
+
+
+def evaluation_html(session) -> str:
+    """Today's student beside the teacher, and below it the evaluation before that on the same way."""
+    found = session.evaluation
+    if found is None:
+        return ""
+    done = [step for step in session.path if step.action == "evaluate"]
+    if len(done) < 2:
+        return found._repr_html_()
+    earlier = Evaluation.from_dict(done[-2].result["evaluation"])
+    return (
+        f"{found._repr_html_()}<details open><summary>the last evaluation before it, step {done[-2].step}</summary>"
+        f"{earlier._repr_html_()}</details>"
     )
 
 

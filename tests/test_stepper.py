@@ -172,6 +172,14 @@ def test_text_and_loss_of_a_distillation_are_chosen_there(stepper, session, tmp_
     assert step.args["config"]["hidden_weight"] == 0.0 and step.args["trained"] == [1, 3]
 
 
+def test_an_evaluation_stands_beside_the_one_before(stepper, session):
+    stepper.evaluate.click()
+    assert "before it" not in stepper.results.value
+    session.remove(2)
+    stepper.evaluate.click()
+    assert "before it, step 1" in stepper.results.value and stepper.results.value.count("<table") == 2
+
+
 def test_branches_are_compared_on_one_figure(stepper, session):
     for layer_id in (1, 3):
         session.evaluate(speed=False)
