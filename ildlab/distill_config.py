@@ -77,7 +77,7 @@ class DistillConfig:
 
     fused: bool = True
     """Divergence in chunks with the gradient in the forward pass; False holds full logits."""
-    chunk: int = 128
+    chunk: int = 256
     """Tokens in a chunk of the fused divergence."""
     lora_rank: int | None = None
     """Train low-rank updates of the scope's linear maps instead (needs peft); merged at the end."""

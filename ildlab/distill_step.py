@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .distill_config import DistillConfig
-from .losses import fused_divergence, hidden_distance, naive_divergence, normed
+from .fused import fused_divergence
+from .losses import hidden_distance, naive_divergence, normed
 from .stack import LayerStack, shared_prefix
 
 

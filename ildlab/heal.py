@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DistillError
-from .losses import fused_divergence
+from .fused import fused_divergence
 from .progress import Progress, Work, drive
 from .stack import LayerStack
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ildlab.errors import DistillError
+from ildlab.fused import fused_divergence, plain_head
 from ildlab.losses import (
     Divergence,
     divergence,
-    fused_divergence,
     hidden_distance,
     naive_divergence,
     normed,
@@ -41,9 +42,12 @@ def hiddens(stack, n=23, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("with_labels", [False, True])
-def test_fused_equals_the_naive_form_in_fp64(tiny, spec, with_labels):
+@pytest.mark.parametrize("plain", [True, False], ids=["matrix", "own tail"])
+def test_fused_equals_the_naive_form_in_fp64(tiny, spec, with_labels, plain, monkeypatch):
     teacher, student = pair(tiny)
     teacher64, student64 = pair(tiny, torch.float64)
+    if not plain:
+        monkeypatch.setattr("ildlab.fused.plain_head", lambda stack, probe: None)
     weights = torch.rand(23)
     weights[4] = 0
     labels = torch.randint(0, 97, (23,)) if with_labels else None
@@ -154,21 +158,46 @@ def test_hidden_distances():
         hidden_distance(a, b, "l1")
 
 
-def test_logits_of_a_whole_batch_never_exist(tiny):
-    teacher, student = pair(tiny)
-    largest = 0
-    real = student.logits
+class LargestLogits(TorchDispatchMode):
+    """Rows of the largest tensor over the vocabulary that any operation returns."""
 
-    def watched(hidden, positions=None):
-        nonlocal largest
-        out = real(hidden, positions)
-        largest = max(largest, out.shape[0])
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.rows = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == self.vocabulary:
+            self.rows = max(self.rows, out.shape.numel() // self.vocabulary)
         return out
 
-    student.logits = watched
-    mine, target = hiddens(student, n=50)
-    fused_divergence(student, teacher, mine, target, weights=torch.ones(50), chunk=8)[0].backward()
-    assert largest == 8
+
+@pytest.mark.parametrize("plain", [True, False], ids=["matrix", "own tail"])
+def test_logits_of_a_whole_batch_never_exist(tiny, plain, monkeypatch):
+    teacher, student = pair(tiny)
+    if not plain:
+        monkeypatch.setattr("ildlab.fused.plain_head", lambda stack, probe: None)
+    mine, target = hiddens(student, n=200)
+    with LargestLogits(97) as seen:  # the head's matrix itself has 32 such rows, transposed
+        fused_divergence(student, teacher, mine, target, weights=torch.ones(200), chunk=40)[0].backward()
+    assert seen.rows == 40
+    with LargestLogits(97) as seen:
+        naive_divergence(student, teacher, mine, target, weights=torch.ones(200))[0].backward()
+    assert seen.rows == 200
+
+
+def test_only_a_tail_that_is_a_matrix_counts_as_one(tiny):
+    stack = LayerStack(tiny())
+    probe = torch.randn(1, stack.hidden_size)
+    head = stack.model.get_output_embeddings()
+    assert plain_head(stack, probe).data_ptr() == head.weight.data_ptr()
+    handle = stack.model.register_forward_hook(lambda m, a, out: out.__setitem__("logits", out.logits * 0.99))
+    assert plain_head(stack, probe) is None  # a scale after the head
+    handle.remove()
+    head.weight.requires_grad_(True)
+    assert plain_head(stack, probe) is None
+    head.weight.requires_grad_(False)
+    assert plain_head(LayerStack(tiny(dtype=torch.bfloat16)), probe.bfloat16()) is None
 
 
 def test_no_gradient_where_none_is_wanted(tiny):
