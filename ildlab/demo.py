@@ -35,16 +35,18 @@ def run_folder(base: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    """Run the demo. Arguments `name=value` override parameters of the notebook."""
+    """Run the demo. Arguments `name=value` override parameters of the notebook; `preset=NAME` takes another preset."""
     import papermill
     import yaml
     from nbconvert import HTMLExporter
 
     batch = notebooks_dir() / "batch"
-    parameters = yaml.safe_load((batch / "presets" / "demo.yaml").read_text())
-    for argument in sys.argv[1:] if arguments is None else arguments:
-        name, _, value = argument.partition("=")
-        parameters[name] = yaml.safe_load(value)
+    given = dict(argument.split("=", 1) for argument in (sys.argv[1:] if arguments is None else arguments))
+    preset = batch / "presets" / f"{given.pop('preset', 'demo')}.yaml"
+    if not preset.is_file():
+        known = ", ".join(sorted(path.stem for path in preset.parent.glob("*.yaml")))
+        raise IldlabError(f"There is no preset {preset.stem!r}; there are: {known}.")
+    parameters = yaml.safe_load(preset.read_text()) | {n: yaml.safe_load(v) for n, v in given.items()}
     folder = Path(parameters.pop("run_folder", None) or run_folder(Path("runs/demo")))
     folder = folder.resolve()
     # The report is written beside the run: papermill needs its folder before the session makes it.

@@ -6,10 +6,12 @@ while, finds its place.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .distill_config import DistillConfig
 from .errors import SessionError
 from .progress import Progress, relabel
 
@@ -27,6 +29,7 @@ class RunSettings:
     max_loss: float | None = None
     distill: bool = True
     suite: str | None = None
+    final: dict[str, Any] | None = None
 
 
 def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progress, None, pd.DataFrame]:
@@ -46,7 +49,9 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         done = total - (left - goal)
         phase = next_phase(session, settings.distill)
         if phase == "measure" and left <= goal:
-            break
+            if not settings.final or _finally_distilled(session, settings.final):
+                break
+            phase = "final distillation"
         name = f"{left} layers: {phase}"
         if phase == "measure":
             yield from relabel(session.measure_steps(), name, (done, total))
@@ -57,6 +62,9 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
             yield from relabel(session.heal_steps(), name, (done, total))
         elif phase == "distill":
             yield from relabel(session.distill_steps(), name, (done, total))
+        elif phase == "final distillation":
+            config = _final_config(session, settings.final)
+            yield from relabel(session.distill_steps(config, gap=session.removed), name, (done, total))
         else:
             # What decides is the student at the end of an iteration: tasks and speed are measured there.
             ends = phase == "evaluate" or not settings.distill
@@ -93,13 +101,30 @@ def next_phase(session: PruningSession, distill: bool = True) -> str:
     # A measure after the removal says that a person went on without the rest of the iteration.
     if actions[0] == "remove" and "measure" not in actions:
         if "distill" in actions:
-            if "evaluate" not in actions[actions.index("distill") :]:
+            last = len(actions) - 1 - actions[::-1].index("distill")
+            if "evaluate" not in actions[last:]:
                 return "evaluate"
         elif "evaluate" not in actions:
             return "evaluate removal"
         elif distill:
             return "heal" if session.config.heal and "heal" not in actions else "distill"
     return "measure"
+
+
+def _final_config(session: PruningSession, changes: dict[str, Any]) -> DistillConfig:
+    return DistillConfig.from_dict({**session.config.distill, **changes})
+
+
+def _finally_distilled(session: PruningSession, changes: dict[str, Any]) -> bool:
+    """Whether the final distillation is in the journal, after the last removal."""
+    last = max(i for i, step in enumerate(session.path) if step.action == "remove")
+    # As it comes back from the journal; data order follows the place in the run, whatever seed the config names.
+    wanted = json.loads(json.dumps({**_final_config(session, changes).to_dict(), "seed": None}))
+    return any(
+        {**step.args["config"], "seed": None} == wanted and step.args["gap"] == session.removed
+        for step in session.path[last:]
+        if step.action == "distill"
+    )
 
 
 def _checked(session: PruningSession, settings: RunSettings) -> tuple[RunSettings, bool]:
@@ -115,6 +140,10 @@ def _checked(session: PruningSession, settings: RunSettings) -> tuple[RunSetting
         raise SessionError(
             f"target_layers is {goal}: it must be at least 1 and less than today's {now} layers."
         )
+    if settings.final is not None:
+        if goal is None:
+            raise SessionError("A final distillation follows when target_layers is reached: give it.")
+        _final_config(session, settings.final).check()
     if limit is not None and not 0 < limit < 1:
         raise SessionError(f"max_loss is {limit}: it is a share of the teacher's quality, between 0 and 1.")
     return settings, resuming

@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +101,7 @@ class PruningSession:
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
         self.teacher = LayerStack(loaded.model)
-        self._text: dict[tuple[str, int, str], TextBlocks] = {}
+        self._text: dict[tuple[str, int, str, int], TextBlocks] = {}
         self.student = self.teacher.share()
 
     # ------------------------------------------------------- making, opening
@@ -268,17 +268,17 @@ class PruningSession:
                 return None
         return None
 
-    def text(self, split: str, source: str | None = None) -> TextBlocks:
+    def text(self, split: str, source: str | None = None, tokens: int | None = None) -> TextBlocks:
         """The run's text blocks of a split (`"calibration"`, `"train"` or `"eval"`), or another source's.
 
         Training text is drawn anew after each removal, so that a longer run sees more text; the others
-        stay the same, so that scores and evaluations compare.
+        stay the same, so that scores and evaluations compare. `tokens` asks for more than the run's.
         """
         seed = self._seed() if split == "train" else self.config.seed
         source = source or (split == "eval" and self.config.eval_text) or self.config.text
-        key = (split, seed, source)
+        tokens = max(tokens or 0, getattr(self.config, f"{split}_tokens"))
+        key = (split, seed, source, tokens)
         if key not in self._text:
-            tokens = getattr(self.config, f"{split}_tokens")
             # One text a split is kept: an old iteration's training text is not needed again.
             self._text = {other: kept for other, kept in self._text.items() if other[0] != split}
             self._text[key] = load_text(
@@ -446,24 +446,29 @@ class PruningSession:
         return drive(self.heal_steps(**options), desc="heal", show=show)
 
     def distill_steps(
-        self, config: DistillConfig | None = None, *, text: str | None = None, **changes: Any
+        self,
+        config: DistillConfig | None = None,
+        *,
+        text: str | None = None,
+        gap: Sequence[int] | None = None,
+        **changes: Any,
     ) -> Generator[Progress, None, Any]:
         """Distill the student; see `distill`. Closing it keeps what was trained so far, as a step."""
         config = config or DistillConfig.from_dict(self.config.distill)
         if changes:
             config = DistillConfig.from_dict({**config.to_dict(), **changes})
-        gap = self._gap()
+        gap = self._gap() if gap is None else self._removed_before(gap)
         number = len(self.steps)
         seed = self._seed()
         config = replace(config, seed=seed)
         checkpoint = self.folder / "checkpoint"
-        _forget_other_checkpoint(checkpoint, self.journal.head.step, config, text)
+        _forget_other_checkpoint(checkpoint, self.journal.head.step, config, text, gap)
         metrics = self.folder / "metrics" / f"{number:03d}.jsonl"
         started = time.perf_counter()
         work = distill_steps(
             self.student,
             self.teacher,
-            self.text("train", text),
+            self.text("train", text, config.tokens),
             config,
             gap=gap,
             checkpoint=checkpoint / "state",
@@ -503,6 +508,7 @@ class PruningSession:
         config: DistillConfig | None = None,
         *,
         text: str | None = None,
+        gap: Sequence[int] | None = None,
         show: bool | None = None,
         **changes: Any,
     ):
@@ -514,8 +520,11 @@ class PruningSession:
             By default the run's.
         text : str, optional
             Another source of `load_text` to train on in this step.
+        gap : sequence of int, optional
+            Removed layers that the scope is counted from: `"suffix"` trains from the lowest of them up. By
+            default those removed since the last distillation.
         **changes
-            Fields of it to change for this step.
+            Fields of the config to change for this step. `tokens` above the run's `train_tokens` draws more text.
 
         Returns
         -------
@@ -526,7 +535,7 @@ class PruningSession:
         DistillError
             The loss stopped being finite; the student is again as it was before the step.
         """
-        return drive(self.distill_steps(config, text=text, **changes), desc="distill", show=show)
+        return drive(self.distill_steps(config, text=text, gap=gap, **changes), desc="distill", show=show)
 
     def evaluate_steps(
         self,
@@ -676,9 +685,10 @@ class PruningSession:
         *,
         distill: bool = True,
         suite: str | None = None,
+        final: dict[str, Any] | None = None,
     ) -> Generator[Progress, None, pd.DataFrame]:
         """Run the loop; see `run`."""
-        return run_steps(self, RunSettings(target_layers, max_loss, distill, suite))
+        return run_steps(self, RunSettings(target_layers, max_loss, distill, suite, final or None))
 
     def run(
         self,
@@ -687,6 +697,7 @@ class PruningSession:
         *,
         distill: bool = True,
         suite: str | None = None,
+        final: dict[str, Any] | None = None,
         show: bool | None = None,
     ) -> pd.DataFrame:
         """The whole method: measure, remove, distill, evaluate, until one of the paper's stop rules holds.
@@ -703,6 +714,9 @@ class PruningSession:
             False for pruning alone, the paper's baseline.
         suite : str, optional
             By default the run's.
+        final : dict, optional
+            Fields of `DistillConfig` for one more distillation once `target_layers` is reached, with the scope
+            counted from all the layers that were removed, such as `{"tokens": 150_000, "learning_rate": 7e-4}`.
 
         Called with neither on a run that was interrupted, it goes on with the earlier settings.
 
@@ -711,7 +725,7 @@ class PruningSession:
         DataFrame
             `history()`.
         """
-        work = self.run_steps(target_layers, max_loss, distill=distill, suite=suite)
+        work = self.run_steps(target_layers, max_loss, distill=distill, suite=suite, final=final)
         return drive(work, desc="run", show=show)
 
     # --------------------------------------------------------------- insides
@@ -734,6 +748,15 @@ class PruningSession:
                 "Nothing was removed yet: the student is the teacher, and has nothing to learn from it."
             )
         return gap
+
+    def _removed_before(self, gap: Sequence[int]) -> list[int]:
+        unknown = sorted(set(gap) - set(self.removed))
+        if unknown or not gap:
+            raise SessionError(
+                f"gap={list(gap)}: give layers that were removed. {unknown or 'None'} of them was; "
+                f"removed so far: {self.removed or 'none'}."
+            )
+        return list(gap)
 
     def _append(self, action: str, **fields: Any) -> Step:
         return self.journal.append(action, layer_ids=self.student.layer_ids, **fields)
@@ -823,10 +846,13 @@ def _own_layers(student: LayerStack, teacher: LayerStack) -> list[int]:
     return own
 
 
-def _forget_other_checkpoint(folder: Path, step: int, config: DistillConfig, text: str | None) -> None:
+def _forget_other_checkpoint(
+    folder: Path, step: int, config: DistillConfig, text: str | None, gap: list[int]
+) -> None:
     """Keep the checkpoint of an interrupted distillation only if it is of this very step."""
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = json.dumps({"after_step": step, "config": config.to_dict(), "text": text}, sort_keys=True)
+    content = {"after_step": step, "config": config.to_dict(), "text": text, "gap": gap}
+    wanted = json.dumps(content, sort_keys=True)
     of = folder / "of.json"
     if not of.is_file() or of.read_text() != wanted:
         shutil.rmtree(folder)

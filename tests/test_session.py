@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ildlab.errors import ExportError, JournalError, SessionError, TextError
+from ildlab.errors import DistillError, ExportError, JournalError, SessionError, TextError
 from ildlab.history import history_table
 from ildlab.loop import next_phase
 from ildlab.session import PruningSession, SessionConfig
@@ -73,6 +73,64 @@ def test_whole_run(make):
     losses = session.losses()
     assert losses["iteration"].unique().tolist() == [1, 2]
     assert losses["step"].is_monotonic_increasing
+
+
+def test_prune_only_then_one_final_distillation(make):
+    session = make()
+    final = {"tokens": 40 * 32, "learning_rate": 2e-3}
+    table = session.run(target_layers=4, distill=False, final=final)
+    actions = [s.action for s in session.steps if s.action in ("measure", "remove", "distill", "evaluate")]
+    assert actions == ["evaluate"] + 2 * ["measure", "remove", "evaluate"] + ["distill", "evaluate"]
+    (step,) = [s for s in session.steps if s.action == "distill"]
+    assert step.args["gap"] == session.removed and step.args["config"]["learning_rate"] == 2e-3
+    # It draws more text than the run's train_tokens, and trains from the lowest gap up.
+    assert step.result["tokens"] == 40 * 32 > session.config.train_tokens
+    assert session.text("train", tokens=40 * 32).n_tokens == 40 * 32
+    above = [i for i in session.student.layer_ids if i > min(session.removed)]
+    assert step.args["trained"] == (above or session.student.layer_ids[-1:])
+    assert table["perplexity"].iloc[-1] < table["perplexity_undistilled"].iloc[-1]
+    # The journal says that it is done: the same run has nothing left to do.
+    before = len(session.steps)
+    session.run(target_layers=4, distill=False, final=final)
+    assert len(session.steps) == before
+
+
+def test_a_final_distillation_follows_those_of_each_step_and_resumes(make):
+    session = make()
+    final = {"tokens": 16 * 32}
+    work = session.run_steps(4, final=final)
+    for progress in work:
+        if "final distillation" in progress.note and progress.done > 1:
+            work.close()
+            break
+    session.undo(session.path[-2].step)
+    session.run()  # goes on with the settings of the run
+    gaps = [s.args["gap"] for s in session.path if s.action == "distill"]
+    assert gaps == [session.removed[:1], session.removed[1:], session.removed]
+    assert session.path[-1].action == "evaluate"
+
+
+@pytest.mark.parametrize(
+    "target, final, match",
+    [
+        (None, {"tokens": 64}, "target_layers"),
+        (4, {"learning_rate": -1}, "learning_rate"),
+        (4, {"x": 1}, "x"),
+    ],
+)
+def test_bad_final_settings_are_refused_before_anything_runs(make, target, final, match):
+    session = make()
+    with pytest.raises((SessionError, DistillError), match=match):
+        session.run(target_layers=target, max_loss=None if target else 0.5, final=final)
+    assert [s.action for s in session.steps] == ["create"]
+
+
+def test_the_gap_of_a_distillation_is_made_of_removed_layers(make):
+    session = make()
+    session.measure()
+    session.remove()
+    with pytest.raises(SessionError, match="removed so far"):
+        session.distill(gap=[next(i for i in session.student.layer_ids)], tokens=64)
 
 
 def test_reopen_gives_the_same_student(make):
