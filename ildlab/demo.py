@@ -41,7 +41,13 @@ def main(arguments: list[str] | None = None) -> Path:
     from nbconvert import HTMLExporter
 
     batch = notebooks_dir() / "batch"
-    given = dict(argument.split("=", 1) for argument in (sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    unclear = [argument for argument in arguments if "=" not in argument]
+    if unclear:
+        raise IldlabError(
+            f"{unclear[0]!r}: give parameters as name=value, such as target_layers=28 or preset=demo."
+        )
+    given = dict(argument.split("=", 1) for argument in arguments)
     preset = batch / "presets" / f"{given.pop('preset', 'demo')}.yaml"
     if not preset.is_file():
         known = ", ".join(sorted(path.stem for path in preset.parent.glob("*.yaml")))
@@ -88,4 +94,7 @@ def main(arguments: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except IldlabError as error:
+        sys.exit(str(error))

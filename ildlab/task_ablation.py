@@ -49,12 +49,12 @@ def task_steps(
     tokenizer
         The student's.
     race : bool
-        Score the suite in growing parts, each with examples of all tasks, and after each part drop the
-        layers that are surely more important than the least important one: one-sided t on paired
-        per-example differences, `confidence` for all layers together (Bonferroni). After the first
-        part (1/16 of the examples) also those whose skipping costs the right answers far more
-        log-likelihood than others' (above the median by 3 standard deviations, estimated by the
-        median absolute deviation) and whose aggregate is below the median too.
+        Score the suite in growing parts (1/16, 1/16, 1/8, 1/4, 1/2), each with examples of all tasks, and
+        after each part drop the layers that are surely more important than the least important one
+        (one-sided t on paired per-example differences, `confidence` for all layers together, Bonferroni),
+        and, where more than half are left, the worse half (successive halving, Jamieson and Talwalkar
+        2016). Right and wrong say little about a layer on a few examples, so halves are told by the sum
+        of two ranks: drop of the aggregate, and log-likelihood that the right answers lose.
     limit : int, optional
         Rows a task.
     seed : int
@@ -105,7 +105,7 @@ def task_steps(
         scores = _scores(job, suite, seen, confidence, details)
         if not race:
             break
-        gone = _surely_worse(job, seen, alive, confidence, prior=number == 0)
+        gone = leavers(job, seen, alive, confidence)
         dropped.update({str(layer_id): int(seen.sum()) for layer_id in gone})
         alive = [i for i in alive if i not in gone]
         if len(alive) == 1 or _tied(job, seen, alive, confidence, tie):
@@ -214,16 +214,25 @@ def _gaps(job: _Sweep, seen: np.ndarray, alive: Sequence[int], confidence: float
     return above, bound, best, columns
 
 
-def _surely_worse(job: _Sweep, seen, alive, confidence: float, *, prior: bool) -> set[int]:
+def leavers(job: Any, seen: np.ndarray, alive: Sequence[int], confidence: float) -> set[int]:
+    """Layers that a race drops after the examples `seen`: what is surely worse, and the worse half."""
     above, bound, best, columns = _gaps(job, seen, alive, confidence)
     drop = above - bound > 0
-    if prior:
-        lost = np.nanmean(job.lost[np.ix_(seen, columns)], axis=0)
-        middle = np.median(lost)
-        apart = lost > middle + 3 * 1.4826 * np.median(np.abs(lost - middle))
-        drop |= apart & (above > np.median(above))
+    lost = np.nanmean(job.lost[np.ix_(seen, columns)], axis=0)
+    worse_first = np.argsort(-(_ranks(above) + _ranks(lost)), kind="stable")
+    keep = max(1, (len(columns) + 1) // 2)
+    for place in worse_first:
+        if len(drop) - drop.sum() <= keep:
+            break
+        drop[place] |= place != best
     drop[best] = False
     return {i for i, gone in zip(alive, drop) if gone}
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Average ranks: equal values share theirs."""
+    order = np.sort(values)
+    return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right")) / 2
 
 
 def _tied(job: _Sweep, seen, alive, confidence: float, tie: float) -> bool:

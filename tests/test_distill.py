@@ -505,10 +505,10 @@ def test_smollm2_heals(teacher, blocks):
     whole = LayerStack(teacher.model)
     student = whole.share()
     student.remove(20)
-    config = DistillConfig(tokens=6 * 512, batch_size=8, kl_positions=16)
-    result = distill(student, whole, blocks.tokens[:8], config, gap=20)
+    config = DistillConfig(tokens=6 * 256, batch_size=4, learning_rate=4e-4)
+    result = distill(student, whole, blocks.tokens[:4], config, gap=20)
     assert result.trained == list(range(21, 30))
-    assert result.history.kl.iloc[-2:].mean() < 0.85 * result.history.kl.iloc[0]
+    assert result.history.kl.iloc[-1] < 0.85 * result.history.kl.iloc[0]
     assert math.isfinite(result.tokens_per_second)
 
 

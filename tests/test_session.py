@@ -412,9 +412,9 @@ def test_real_model_one_iteration(teacher, tmp_path):
         tmp_path / "run",
         teacher,
         block=64,
-        calibration_tokens=8 * 64,
-        train_tokens=28 * 64,
-        eval_tokens=8 * 64,
+        calibration_tokens=6 * 64,
+        train_tokens=12 * 64,
+        eval_tokens=6 * 64,
         metric="block_influence",
     )
     session.measure()

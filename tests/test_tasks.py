@@ -88,13 +88,25 @@ def test_alibi_model_is_found_out(teacher):
     assert abs(outcomes.loglikelihood[1] - oracle(bloom, encoded[1])[0]) < 1e-3
 
 
+# By default its state is that of a model of a billion parameters.
+SMALL = {
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    }
+}
+
+
 @pytest.mark.parametrize("name", ["falcon_h1", "jamba", "qwen2", "gemma3_text"])
 def test_trees_are_used_only_where_they_are_exact(name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
         name, vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, **SMALL.get(name, {}),
     )  # fmt: skip
     torch.manual_seed(0)
     stack = LayerStack(AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False))
