@@ -83,7 +83,7 @@ def methods(
         second = style(ax.twinx())
         second.spines["right"].set_visible(True)
         second.plot(sizes.index, sizes, color=LINE, linewidth=0.8, marker=".", markersize=4)
-        second.set_ylabel("parameters (millions, thin dotted-marker line)")
+        second.set_ylabel("parameters (millions), thin line")
         ax.set_zorder(second.get_zorder() + 1)
         ax.patch.set_visible(False)
     if over == "layers_removed":
@@ -141,9 +141,13 @@ def task_panels(
             ax.axhline(chance[task], color=LINE, linewidth=0.8, linestyle=":")
         ax.set_title(task.replace("_", " "), color=TEXT, fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for ax in panels[len(tasks) :]:
-        ax.set_visible(False)
-    figure.supxlabel("layers removed", color=TEXT, fontsize=10)
+    for number, ax in enumerate(panels):
+        ax.set_visible(number < len(tasks))
+        if number % columns == 0:
+            ax.set_ylabel("score (0 to 1)", fontsize=9)
+        if len(tasks) - columns <= number < len(tasks):  # nothing below it
+            ax.set_xlabel("layers removed", fontsize=9)
+            ax.tick_params(labelbottom=True)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(
         handles, names, loc="outside lower center", ncols=2, frameon=False, labelcolor=TEXT, fontsize=8

@@ -73,6 +73,29 @@ def test_demo_leaves_report_journal_and_checkpoint(parameters, tmp_path):
     assert run_folder(tmp_path / "x") == tmp_path / "x-2"
 
 
+@pytest.mark.parametrize(
+    "preset, notebook", [("demo", "iterate"), ("six_layers", "iterate"), ("qwen2.5-3b", "compare_methods")]
+)
+def test_presets_set_parameters_that_exist(preset, notebook):
+    import papermill
+    import yaml
+
+    from ildlab.distill_config import DistillConfig
+
+    values = yaml.safe_load((BATCH / "presets" / f"{preset}.yaml").read_text())
+    assert values.keys() <= papermill.inspect_notebook(BATCH / f"{notebook}.ipynb").keys()
+    DistillConfig.from_dict({**values["distill"], **values.get("final", {})}).check()
+
+
+@pytest.mark.parametrize("arguments", [["preset=demos"], ["target_layers"]])
+def test_demo_refuses_what_it_does_not_know(arguments):
+    from ildlab.demo import main
+    from ildlab.errors import IldlabError
+
+    with pytest.raises(IldlabError, match="demo"):
+        main(arguments)
+
+
 def test_parameters_explain_themselves():
     command = [sys.executable, "-m", "papermill", "--help-notebook", str(BATCH / "iterate.ipynb")]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
