@@ -144,7 +144,7 @@ def task_panels(
     for number, ax in enumerate(panels):
         ax.set_visible(number < len(tasks))
         if number % columns == 0:
-            ax.set_ylabel("score (0 to 1)", fontsize=9)
+            ax.set_ylabel("score", fontsize=9)
         if len(tasks) - columns <= number < len(tasks):  # nothing below it
             ax.set_xlabel("layers removed", fontsize=9)
             ax.tick_params(labelbottom=True)

@@ -23,14 +23,15 @@ def loaded(tiny, teacher):
 
 
 @pytest.fixture(scope="module")
-def table(loaded, tmp_path_factory):
+def table(loaded, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    first = compare_steps(folder, loaded, remove=2, **SETTINGS)
+    settings = {"text": str(text_file), **SETTINGS}
+    first = compare_steps(folder, loaded, remove=2, **settings)
     for progress in first:  # stopped in the middle of the second method
         if "iterative Block Influence:" in progress.note and progress.done >= 3:
             first.close()
             break
-    return folder, drive(compare_steps(folder, loaded, remove=2, **SETTINGS))
+    return folder, drive(compare_steps(folder, loaded, remove=2, **settings))
 
 
 def test_every_method_has_a_curve_and_goes_on_where_it_stopped(table, loaded):

@@ -34,38 +34,34 @@ def text_of(notebook) -> str:
     return "".join(o.get("text", "") for c in notebook.cells if c.cell_type == "code" for o in c.outputs)
 
 
-def test_papermill_runs_it_and_goes_on_with_it(parameters, tmp_path):
+def test_the_demo_and_papermill_that_goes_on_with_its_run(parameters, tmp_path):
     import papermill
 
-    papermill.execute_notebook(BATCH / "iterate.ipynb", tmp_path / "a.ipynb", parameters, progress_bar=False)
-    first = nbformat.read(tmp_path / "a.ipynb", 4)
-    assert "5 layers" in text_of(first)
-    html = [o.data["text/html"] for c in first.cells if c.cell_type == "code" for o in c.outputs if "data" in o
-            and "text/html" in o.data]  # fmt: skip
-    assert sum('alt="' in page for page in html) == 4
-    assert (tmp_path / "run" / "checkpoint-5-layers" / "model.safetensors").is_file()
-    # The same folder again, one layer further: nothing that was done is done twice.
-    papermill.execute_notebook(
-        BATCH / "iterate.ipynb", tmp_path / "b.ipynb", {**parameters, "target_layers": 4}, progress_bar=False
-    )
-    steps = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
-    assert [s["args"]["layer_id"] for s in steps if s["action"] == "remove"].__len__() == 2
-    assert sum(s["action"] == "measure" for s in steps) == 2
-    assert (tmp_path / "run" / "checkpoint-4-layers").is_dir()
-
-
-def test_demo_leaves_report_journal_and_checkpoint(parameters, tmp_path):
     from ildlab.demo import run_folder
 
-    parameters["run_folder"] = str(tmp_path / "demo")
+    folder = tmp_path / "demo"
+    parameters["run_folder"] = str(folder)
     arguments = [f"{k}={v}" for k, v in parameters.items()]
     out = subprocess.run([sys.executable, "-m", "ildlab.demo", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stdout + out.stderr
-    folder = tmp_path / "demo"
     for name in ("report.html", "report.ipynb", "journal.jsonl", "checkpoint-5-layers"):
         assert (folder / name).exists() and str(folder / name) in out.stdout
     assert "6 layers: measure" in out.stdout  # live progress
     assert "<img" in (folder / "report.html").read_text()
+    first = nbformat.read(folder / "report.ipynb", 4)
+    assert "5 layers" in text_of(first)
+    html = [o.data["text/html"] for c in first.cells if c.cell_type == "code" for o in c.outputs if "data" in o
+            and "text/html" in o.data]  # fmt: skip
+    assert sum('alt="' in page for page in html) == 4
+    assert (folder / "checkpoint-5-layers" / "model.safetensors").is_file()
+    # The same folder again, one layer further: nothing that was done is done twice.
+    papermill.execute_notebook(
+        BATCH / "iterate.ipynb", tmp_path / "b.ipynb", {**parameters, "target_layers": 4}, progress_bar=False
+    )
+    steps = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    assert [s["args"]["layer_id"] for s in steps if s["action"] == "remove"].__len__() == 2
+    assert sum(s["action"] == "measure" for s in steps) == 2
+    assert (folder / "checkpoint-4-layers").is_dir()
     # The next demo takes a new folder; one that was stopped half-way would be gone on with.
     (tmp_path / "x-1").mkdir()
     assert run_folder(tmp_path / "x") == tmp_path / "x-1"
