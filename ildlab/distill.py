@@ -128,6 +128,8 @@ def distill_steps(
             betas=config.adam_betas,
             fused=student.device.type in ("cpu", "cuda"),
         )
+        epochs = total * config.batch_size / rows
+        kept = module.keep_bottoms(rows, block, config.bottom_bytes) if epochs > 1 else 0
         history, before, start = [], 0.0, 0
         if resumed:
             start, history, before = masters.restore(optimizer, resumed)
@@ -165,7 +167,7 @@ def distill_steps(
                 )
                 with quiet:
                     with measured:
-                        loss, stats = step_module(batch, counts, where, known)
+                        loss, stats = step_module(batch, counts, where, known, index[part])
                     (loss * world).backward()
                 masters.gather()
                 sums = sums + torch.cat([loss.detach()[None], stats.detach()])
@@ -186,6 +188,7 @@ def distill_steps(
             masters.push()
             if step == start:
                 memory.update(memory_parts(student, teacher, masters, optimizer, config, block))
+                memory["bottoms"] = kept
 
             seconds = before + time.perf_counter() - began
             done = (step + 1) * config.batch_size * block

@@ -81,6 +81,9 @@ class DistillConfig:
     """Tokens in a chunk of the fused divergence."""
     lora_rank: int | None = None
     """Train low-rank updates of the scope's linear maps instead (needs peft); merged at the end."""
+    bottom_bytes: int = 2**30
+    """Most memory (bytes) to keep the hidden states of frozen bottom layers in, from the first pass over the text
+    on; where they do not fit, every pass runs these layers again."""
     grad_checkpointing: bool = False
     """Recompute trained layers in the backward pass instead of keeping their activations."""
     compile: bool = False
@@ -134,7 +137,7 @@ class DistillConfig:
             raise DistillError(
                 "kl_weight, hidden_weight and ce_weight are all 0: there is nothing to learn from."
             )
-        for name in ("kl_weight", "hidden_weight", "ce_weight", "weight_decay"):
+        for name in ("kl_weight", "hidden_weight", "ce_weight", "weight_decay", "bottom_bytes"):
             if not getattr(self, name) >= 0:
                 raise DistillError(f"{name}={getattr(self, name)}: it cannot be negative.")
         for name in ("batch_size", "chunk"):

@@ -149,7 +149,16 @@ def fingerprint(ids: Tensor, mask: Tensor | None = None) -> str:
 
 
 # Fields of the config that leave the result as it is.
-_FREE = ("checkpoint_every", "tracker", "grad_checkpointing", "compile", "fused", "chunk", "micro_batch")
+_FREE = (
+    "checkpoint_every",
+    "tracker",
+    "grad_checkpointing",
+    "compile",
+    "fused",
+    "chunk",
+    "micro_batch",
+    "bottom_bytes",
+)
 
 
 def identity(config: DistillConfig, trained, gap, layer_ids, text: str) -> str:

@@ -2,7 +2,7 @@
 
 DDP wraps this module, so that gradients of the trained layers are averaged as the backward pass runs.
 The bottom layers that teacher and student share run once for both, nothing below the lowest trained
-layer builds a graph, and what a teacher cache holds is not run at all.
+layer builds a graph, and what a teacher cache holds, or an earlier pass over the text left, is not run at all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .distill_bottom import BottomStore
 from .distill_config import DistillConfig
 from .fused import fused_divergence
 from .losses import hidden_distance, naive_divergence, normed
@@ -64,6 +65,26 @@ class DistillStep(nn.Module):
         both = config.reduction == "paper" and config.hidden_at == "last_trainable+last" and len(points) == 1
         self.times = 2 if both else 1
         self.squares = torch.zeros(2)
+        self.bottoms: BottomStore | None = None
+
+    def keep_bottoms(self, rows: int, block: int, limit: int) -> int:
+        """Keep what frozen bottom layers give in memory, where it fits; returns the bytes it will take.
+
+        Parameters
+        ----------
+        rows, block : int
+            Rows of the text and tokens in a row.
+        limit : int
+            Bytes; a larger store is not made.
+        """
+        # The shared bottom serves both models; the student's own frozen layers end at its lowest trained one.
+        names = ["shared"] * (self.prefix > 0) + ["student"] * (self.first > self.prefix)
+        shape = (rows, block, self.student.hidden_size, names, self.student.model.dtype)
+        size = BottomStore.size(*shape)
+        if not names or size > limit:
+            return 0
+        self.bottoms = BottomStore(*shape)
+        return size
 
     @property
     def depths(self) -> set[int]:
@@ -76,6 +97,7 @@ class DistillStep(nn.Module):
         counts: Counts,
         positions: Tensor | None = None,
         known: dict[int, Tensor] | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Loss and statistics of a micro-batch.
 
@@ -88,6 +110,8 @@ class DistillStep(nn.Module):
             Where divergence and cross entropy are computed; everywhere by default.
         known : dict of int to Tensor [B, T, d], optional
             Hidden states of the teacher by depth, from a cache.
+        rows : Tensor [B] int64, optional
+            Which rows of the text these are, for `keep_bottoms`.
 
         Returns
         -------
@@ -97,7 +121,7 @@ class DistillStep(nn.Module):
             distance at each point, without gradient.
         """
         config, student = self.config, self.student
-        mine, theirs = self._hidden(batch, known or {})
+        mine, theirs = self._hidden(batch, known or {}, rows)
         final = mine[len(student)]
         ids = batch["input_ids"].to(final.device)
         mask = batch.get("attention_mask")
@@ -154,27 +178,40 @@ class DistillStep(nn.Module):
             **extra,
         )
 
-    def _hidden(self, batch, known) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _hidden(self, batch, known, rows) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Hidden states by depth: the student's from its first trained layer up, the teacher's that are needed."""
         student, teacher = self.student, self.teacher
         trunk = student.trunk(batch)
-        dtype = trunk.h0.dtype
-        theirs = {depth: h.to(trunk.h0.device, dtype) for depth, h in known.items()}
+        device, dtype = trunk.h0.device, trunk.h0.dtype
+        theirs = {depth: h.to(device, dtype) for depth, h in known.items()}
+        store = self.bottoms if rows is not None else None
         with torch.no_grad():
+            shared = store.get("shared", rows, device) if store else None
+            entry = store.get("student", rows, device) if store else None
+            whole = self.depths <= set(theirs)  # the teacher need not run
             start = max((d for d in theirs if d <= self.prefix), default=0)
             hidden = theirs[start] if start else trunk.h0.detach()
-            if not self.depths <= set(theirs):
-                full = teacher.trunk(batch)
+            full = trunk if whole else teacher.trunk(batch)
+            if not (whole and entry is not None):
+                if shared is not None:
+                    hidden, start = shared, self.prefix
                 for depth in range(start, self.prefix):
-                    hidden = teacher.run(depth, hidden, full)
+                    hidden = (student if whole else teacher).run(depth, hidden, full)
+                if store and shared is None:
+                    store.put("shared", rows, hidden)
+            if not whole:
                 upper = hidden
                 for depth in range(self.prefix, len(teacher)):
                     upper = teacher.run(depth, upper, full)
                     if depth + 1 in self.depths:
                         theirs[depth + 1] = upper
-                start = self.prefix
-            for position in range(start, self.first):
-                hidden = student.run(position, hidden, trunk)
+            if entry is not None:
+                hidden = entry
+            else:
+                for position in range(self.prefix, self.first):
+                    hidden = student.run(position, hidden, trunk)
+                if store and self.first > self.prefix:
+                    store.put("student", rows, hidden)
         mine: dict[int, Tensor] = {}
         keep = {student.position(i) + 1 for i in self.depth} | {len(student)}
         for position in range(self.first, len(student)):

@@ -435,6 +435,39 @@ def test_teacher_cache(tiny, tmp_path):
         TeacherCache(tmp_path / "d")
 
 
+@pytest.mark.parametrize("scope", [(4,), "suffix"])
+def test_frozen_bottom_runs_once_over_several_epochs(tiny, scope):
+    """32 rows of a text of 10: layers 0 and 1 are shared, layer 3 is frozen but healed before, 4 trains."""
+
+    def run(**changes):
+        student, teacher = pair(tiny, (2,), layers=6)
+        student.own([3])
+        with torch.no_grad():
+            for p in student.layers[student.position(3)].parameters():
+                p.mul_(1.1)
+        seen = {}
+
+        def counted(stack, name):
+            real = stack.run
+            stack.run = lambda at, h, trunk: (
+                seen.update({(name, at): seen.get((name, at), 0) + len(h)}) or real(at, h, trunk)
+            )
+
+        counted(student, "student"), counted(teacher, "teacher")
+        config = replace(BASE, scope=scope, batch_size=2, tokens=32 * 12, **changes)
+        return distill(student, teacher, rows(), config, gap=2), seen
+
+    result, seen = run()
+    plain, all_runs = run(bottom_bytes=0)
+    assert result.history.loss.tolist() == pytest.approx(plain.history.loss.tolist(), rel=1e-5)
+    assert seen["teacher", 0] == seen["teacher", 1] == 10 and all_runs["teacher", 0] == 32
+    # The teacher starts above the shared bottom, every time.
+    assert ("student", 0) not in seen and seen["teacher", 2] == 32
+    assert result.memory["bottoms"] == 10 * 12 * 32 * 4 * (2 if scope == (4,) else 1)
+    assert plain.memory["bottoms"] == 0
+    assert seen["student", 2] == (10 if scope == (4,) else 32)
+
+
 # ------------------------------------------------------------------- config
 
 
