@@ -14,6 +14,7 @@ EXTRAS := dev,eval,lora
 STAMP := $(VENV)/.setup-stamp
 CACHE := $(or $(ILDLAB_CACHE),$(HOME)/.cache/ildlab)
 MODEL := $(CACHE)/models/smollm2-135m/config.json
+TEXT := $(VENV)/.text-stamp
 # Batch notebooks beside the first one are run by tests/notebooks, with small parameters.
 NOTEBOOKS = $(wildcard notebooks/*.ipynb) notebooks/batch/iterate.ipynb
 # Added to pytest's run, such as PYTEST_FLAGS="-k text".
@@ -24,7 +25,8 @@ PYTEST_FLAGS ?=
 help:  ## Show what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(STAMP) $(MODEL)  ## Make .venv with pinned packages and prepare the bundled model
+setup: $(STAMP)  ## Make .venv with pinned packages, prepare the bundled model and Python's docs
+	@$(MAKE) --no-print-directory -s -j2 $(MODEL) $(TEXT)
 
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -x $(BIN)/python ]; then \
@@ -36,6 +38,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(MODEL): | $(STAMP)
 	$(BIN)/python -m ildlab.models smollm2-135m
+
+# Reading every docstring takes half a minute: here it runs beside the model's conversion.
+$(TEXT): | $(STAMP)
+	$(BIN)/python -m ildlab.documents
+	@touch $@
 
 demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoint
 	$(BIN)/python -m ildlab.demo

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from ildlab.cache import cache_dir, data_dir, write_atomic
 from ildlab.errors import TextError
 from ildlab.progress import drive
@@ -332,10 +334,17 @@ def _hub_rows(name: str, seed: int, text_column: str | None) -> Iterator[str]:
 
 def _python_docs(key: str, split: str) -> list[str]:
     """Read a split from the cache; the first call reads every docstring and fills it, in some 20 s."""
-    file = cache_dir("text") / f"{key}-{split}.json"
+    folder = cache_dir("text")
+    file = folder / f"{key}-{split}.json"
     if not file.exists():
-        found = sorted(drive(read_python_docs(), desc="reading docstrings"))
-        for each in SPLITS:
-            texts = list(_distinct(found, each))
-            write_atomic(cache_dir("text") / f"{key}-{each}.json", json.dumps(texts, ensure_ascii=False))
+        with FileLock(folder / f"{key}.lock"):  # of several processes one reads, and the others wait
+            if not file.exists():
+                found = sorted(drive(read_python_docs(), desc="reading docstrings"))
+                for each in SPLITS:
+                    texts = list(_distinct(found, each))
+                    write_atomic(folder / f"{key}-{each}.json", json.dumps(texts, ensure_ascii=False))
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    next(iter(find_documents("python-docs", split="train").stream()))  # fills the cache
