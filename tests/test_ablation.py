@@ -329,7 +329,7 @@ def test_ranking_under_a_memory_cap(teacher, tmp_path):
             folder + "/model", dtype=torch.float32, device_map=place, offload_folder=folder + "/off"
         )
         stack = LayerStack(model.eval().requires_grad_(False))
-        scores = measure(stack, torch.load(folder + "/tokens.pt"), "nll", batch_size=1, positions=3)
+        scores = measure(stack, torch.load(folder + "/tokens.pt"), "nll", batch_size=2, positions=3)
         print(json.dumps({"peak": (peak() - before) / 1024, "score": scores.table.score.tolist()}))
         """
     )
@@ -337,7 +337,7 @@ def test_ranking_under_a_memory_cap(teacher, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     out = json.loads(done.stdout.splitlines()[-1])
-    want = measure(LayerStack(teacher.model), tokens, "nll", batch_size=1, positions=3).table.score
+    want = measure(LayerStack(teacher.model), tokens, "nll", batch_size=2, positions=3).table.score
     np.testing.assert_allclose(out["score"], want, rtol=1e-4, atol=1e-5)
     embeddings = teacher.model.get_input_embeddings().weight.numel() * 4 / 2**20
     size = sum(p.numel() * 4 for p in teacher.model.parameters()) / 2**20

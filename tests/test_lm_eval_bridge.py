@@ -76,12 +76,12 @@ def test_rolling_log_likelihood_and_generation_equal_hflm(teacher):
 
 def test_shipped_yaml_gives_our_scores_under_plain_hflm(stack, teacher):
     names = ["knowledge", "commonsense", "grammar", "cloze", "copy_paragraph", "copy_document", "summary"]
-    suite = load_suite("mini7", limit=3)
+    suite = load_suite("mini7", limit=2)
     ours = score_suite(stack, teacher.tokenizer, suite)
     found = simple_evaluate(
         model=hflm(stack.model, teacher.tokenizer),
         tasks=["mini7"],
-        limit=3,
+        limit=2,
         bootstrap_iters=0,
         task_manager=_manager(),
     )["results"]
