@@ -1,20 +1,28 @@
 """`accelerate launch -m ildlab.distill CONFIG`: one distillation from a JSON file, on any number of processes.
 
 The file names the teacher, the student's removed layers (or an exported student), the text and the
-`DistillConfig`; the weights that trained and the metrics are written where it says. A notebook follows
-the JSONL.
+`DistillConfig`; the weights that trained and the metrics are written where it says. From a notebook, `launch`
+starts it and follows its JSONL.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .cache import atomic_file
 from .distill_config import DistillConfig
 from .errors import DistillError
+from .progress import Progress, Work, drive
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _KEYS = {
     "teacher": "name or folder of the teacher (needed)",
@@ -46,22 +54,106 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("config", type=Path, help="a JSON file")
     given = parser.parse_args(argv)
-    run(_read(given.config))
+    try:
+        values = json.loads(given.config.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DistillError(f"{given.config} cannot be read as JSON: {error}.") from error
+    _check(values, str(given.config))
+    run(values)
     return 0
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DistillError(f"{path} cannot be read as JSON: {error}.") from error
+def _check(values: dict[str, Any], where: str) -> None:
     unknown = set(values) - set(_KEYS)
     missing = {"teacher", "text", "out"} - set(values)
     if unknown or missing:
         raise DistillError(
-            f"{path}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}. Known: {', '.join(_KEYS)}."
+            f"{where}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}. Known: {', '.join(_KEYS)}."
         )
-    return values
+
+
+def launch(values: dict[str, Any], *, processes: int = 1, show: bool | None = None) -> pd.DataFrame:
+    """Run `launch_steps` to its end, with a bar."""
+    return drive(launch_steps(values, processes=processes), desc="distill", show=show)
+
+
+def launch_steps(values: dict[str, Any], *, processes: int = 1, poll: float = 0.5) -> Work[pd.DataFrame]:
+    """Distill in processes of their own, and follow the metrics that they write.
+
+    Parameters
+    ----------
+    values : dict
+        Keys as in the file of `python -m ildlab.distill`. The file, the log of the processes and, where `metrics`
+        is not given, the JSONL are written beside `out`.
+    processes : int
+        More than one are started by `accelerate launch`: one a GPU, or on the CPU where there is none.
+    poll : float
+        Seconds between two looks at the JSONL.
+
+    Yields
+    ------
+    Progress
+        `partial` is the step's record. Closing the generator ends the processes; a `checkpoint` is kept.
+
+    Returns
+    -------
+    DataFrame
+        One row a step, as in `DistillResult.history`.
+
+    Raises
+    ------
+    DistillError
+        An unknown key, or processes that failed: with the end of their log.
+    """
+    import pandas as pd
+    import torch
+
+    _check(values, "launch")
+    out = Path(values["out"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    values = {"metrics": f"{out}.jsonl", **values}
+    metrics = Path(values["metrics"])
+    plan, log = Path(f"{out}.json"), Path(f"{out}.log")
+    plan.write_text(json.dumps(values))
+    metrics.unlink(missing_ok=True)  # written anew; a checkpoint holds the records of the steps before it
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        on_cpu = str(values.get("device", "auto")) == "cpu" or not torch.cuda.is_available()
+        command += ["accelerate.commands.launch", *(["--cpu"] if on_cpu else ["--multi_gpu"])]
+        command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m"]
+    config = DistillConfig.from_dict(values.get("config", {}))
+    tokens = config.tokens or values.get("text_tokens") or 0
+    total = math.ceil(tokens / (config.batch_size * values.get("block", 256)))
+    records: list[dict[str, float]] = []
+    with open(log, "w") as written:
+        job = subprocess.Popen([*command, "ildlab.distill", str(plan)], stdout=written, stderr=written)
+        try:
+            ended = False
+            while not ended:
+                ended = job.poll() is not None  # asked first, so that the last lines are read after the end
+                for record in _new_records(metrics, len(records)):
+                    records.append(record)
+                    note = f"loss {record['loss']:.4f}, kl {record['kl']:.4f}"
+                    yield Progress(record["step"], max(total, record["step"]), note, record)
+                if not ended:
+                    time.sleep(poll)
+        finally:
+            if job.poll() is None:
+                job.terminate()  # accelerate ends its workers
+                job.wait()
+    if job.returncode:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise DistillError(f"The processes failed with exit status {job.returncode} (log: {log}):\n{end}")
+    return pd.DataFrame(records)
+
+
+def _new_records(metrics: Path, known: int) -> list[dict[str, float]]:
+    """Whole lines of the JSONL behind the `known` first ones."""
+    if not metrics.exists():
+        return []
+    lines = metrics.read_text(encoding="utf-8").split("\n")[:-1]  # the last piece is a line not yet whole
+    return [json.loads(line) for line in lines[known:]]
 
 
 def run(values: dict[str, Any]) -> None:
@@ -74,7 +166,6 @@ def run(values: dict[str, Any]) -> None:
 
     from .distill import distill_steps
     from .models import load_model
-    from .progress import drive
     from .stack import LayerStack
     from .text import load_text
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ildlab.distill import DistillConfig, DistillResult, distill, distill_steps, resolve_scope
 from ildlab.distill_config import match_points
+from ildlab.distill_launch import launch_steps
 from ildlab.distill_step import Counts, DistillStep
 from ildlab.errors import DistillError
 from ildlab.stack import LayerStack
@@ -545,6 +546,14 @@ def test_smollm2_heals(teacher, blocks):
     assert math.isfinite(result.tokens_per_second)
 
 
+def test_launch_says_why_it_failed(tmp_path):
+    with pytest.raises(DistillError, match="missing keys"):
+        next(launch_steps({"teacher": "x"}))
+    plan = {"teacher": str(tmp_path / "nowhere"), "text": "python-docs", "out": str(tmp_path / "o" / "w")}
+    with pytest.raises(DistillError, match="(?s)exit status.*nowhere"):
+        next(launch_steps(plan, poll=0.05))
+
+
 def test_two_processes_equal_one(tiny, tmp_path, teacher):
     """`accelerate launch -m ildlab.distill`: the same curve at the same global batch."""
     small = tiny(4, vocab=49152, hidden=16)
@@ -571,23 +580,15 @@ def test_two_processes_equal_one(tiny, tmp_path, teacher):
                 "micro_batch": 1,
                 "learning_rate": 1e-3,
             },
-            "metrics": str(tmp_path / f"{processes}.jsonl"),
             "out": str(tmp_path / f"{processes}.safetensors"),
         }
-        (tmp_path / "plan.json").write_text(json.dumps(plan))
-        command = [sys.executable, "-m"]
-        if processes == 2:
-            command += ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-            command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m"]
-        done = subprocess.run(
-            [*command, "ildlab.distill", str(tmp_path / "plan.json")],
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        lines = (tmp_path / f"{processes}.jsonl").read_text().splitlines()
-        curves.append([json.loads(line) for line in lines])
+        work, seen = launch_steps(plan, processes=processes, poll=0.05), []
+        try:
+            while True:
+                seen.append(next(work))
+        except StopIteration as stop:
+            curves.append(stop.value.to_dict("records"))
+        assert [p.done for p in seen] == [1, 2, 3, 4, 5, 6] and seen[0].total == 6
     assert len(curves[0]) == len(curves[1]) == 6
     for name in ("loss", "kl", "hidden", "agreement", "grad_norm", "grad_kl", "grad_hidden"):
         one, two = ([r[name] for r in curve] for curve in curves)

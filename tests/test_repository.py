@@ -67,7 +67,6 @@ def test_every_import_is_declared():
         "pyyaml": "yaml",
         "rouge-score": "rouge_score",
         "lm-eval": "lm_eval",
-        "liger-kernel": "liger_kernel",
     }
     allowed = {module_of.get(name, name) for name in declared} | {
         "ildlab",
