@@ -73,7 +73,7 @@ def diagnose(
         One row an iteration, the teacher first, with the columns of `ildlab.history.history_table`:
         `n_removed`, `layer_id`, `kl`, `kl_pruned`, `aggregate`, `aggregate_pruned`. What is missing is not judged.
     errors : sequence of str or exceptions
-        Errors that steps ended with.
+        Errors that steps ended with, beside those in a session's journal.
     thresholds : Thresholds, optional
 
     Returns
@@ -129,7 +129,7 @@ def diagnose(
                         "or stop here.",
                     )
                 )
-    for error in errors:
+    for error in [*_failures(history), *errors]:
         text = str(error)
         if "finite" in text or "nan" in text.lower():
             found.append(
@@ -150,6 +150,17 @@ def _rows(history: Any) -> Iterable[Mapping[str, Any]]:
 
         history = history_table(history)
     return history.to_dict("records") if isinstance(history, pd.DataFrame) else history
+
+
+def _failures(history: Any) -> list[str]:
+    """Errors that distillations of a session ended with, and that no later one made good."""
+    failed: list[str] = []
+    for step in getattr(history, "path", ()):
+        if step.action == "failed":
+            failed.append(step.result["error"])
+        elif step.action in ("distill", "remove"):
+            failed.clear()
+    return failed
 
 
 def _clean(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,18 @@ from torch import Tensor
 
 from .cache import write_atomic
 from .distill_config import DistillConfig, DistillResult, match_points, resolve_scope
-from .distill_state import Masters, identity, load_checkpoint, memory_parts, peak_memory, save_checkpoint
+from .distill_state import (
+    Masters,
+    identity,
+    load_checkpoint,
+    memory_parts,
+    peak_memory,
+    reset_peak_memory,
+    save_checkpoint,
+    weights_hash,
+)
 from .distill_step import Counts, DistillStep
-from .errors import DistillError
+from .errors import DistillError, NotFiniteError
 from .progress import Progress, Work, drive
 from .stack import LayerStack
 
@@ -92,8 +101,9 @@ def distill_steps(
     Raises
     ------
     DistillError
-        The config, scope or text does not fit; the checkpoint belongs to something else; or the loss or its
-        gradient stopped being finite (the message says where, and what to try).
+        The config, scope or text does not fit; the checkpoint belongs to something else.
+    NotFiniteError
+        The loss or its gradient stopped being finite (the message says where, and what to try).
     """
     config = config or DistillConfig()
     config.check()
@@ -112,7 +122,7 @@ def distill_steps(
     world, rank = accelerator.num_processes, accelerator.process_index
     if config.batch_size % world:
         raise DistillError(f"batch_size={config.batch_size} cannot be shared evenly by {world} processes.")
-    name = identity(config, trained, gaps, student.layer_ids, fingerprint)
+    name = identity(config, trained, gaps, student.layer_ids, fingerprint, weights_hash(student, teacher))
     resumed = load_checkpoint(checkpoint, name) if checkpoint else None
 
     student.model.requires_grad_(False)
@@ -121,6 +131,11 @@ def distill_steps(
     masters = Masters(student, trained, config)
     try:
         module = DistillStep(student, teacher, trained, points, config)
+        if cache is not None and not module.depths <= set(cache.depths):
+            raise DistillError(
+                f"The cache in {cache.folder} keeps the hidden states at depths {cache.depths}; this loss needs "
+                f"{sorted(module.depths)}. Build it with depths={sorted(module.depths)}, or leave it out."
+            )
         step_module = accelerator.prepare_model(module, device_placement=False) if world > 1 else module
         optimizer = torch.optim.AdamW(
             masters.groups(config.weight_decay),
@@ -139,6 +154,7 @@ def distill_steps(
             accelerator.init_trackers("ildlab")
         good = masters.copy()
         memory: dict[str, int] = {}
+        reset_peak_memory(student.device)
         began = saved = time.perf_counter()
         for step in range(start, total):
             learning_rate = _learning_rate(config, step, total)
@@ -163,13 +179,17 @@ def distill_steps(
                     contextlib.nullcontext() if number == len(parts) - 1 else accelerator.no_sync(step_module)
                 )
                 measured = (
-                    _ActivationMeter(memory) if step == start and not number else contextlib.nullcontext()
+                    _ActivationMeter(memory, (student, teacher))
+                    if step == start and not number
+                    else contextlib.nullcontext()
                 )
                 with quiet:
                     with measured:
                         loss, stats = step_module(batch, counts, where, known, index[part])
                     (loss * world).backward()
-                masters.gather()
+                # Between processes, DDP reduces what the micro-batches left in the weights' own gradients.
+                if world == 1 or number == len(parts) - 1:
+                    masters.gather()
                 sums = sums + torch.cat([loss.detach()[None], stats.detach()])
                 del loss, stats
             squares = module.squares.to(sums.device) / world**2
@@ -180,7 +200,7 @@ def distill_steps(
             values = torch.cat([sums, squares, norm.float()[None].to(sums.device)]).tolist()
             if not all(map(math.isfinite, values)):
                 masters.write(good)
-                raise DistillError(_not_finite(step, values, points, config))
+                raise NotFiniteError(_not_finite(step, values, points, config))
             if step % _SNAPSHOT == 0:
                 masters.copy(good)
             optimizer.step()
@@ -192,7 +212,7 @@ def distill_steps(
 
             seconds = before + time.perf_counter() - began
             done = (step + 1) * config.batch_size * block
-            record = _record(step, done, seconds, learning_rate, values, counts, points)
+            record = _record(step, done, seconds, learning_rate, values, counts, points, config)
             history.append(record)
             if accelerator.is_main_process:
                 if metrics_path:
@@ -208,8 +228,7 @@ def distill_steps(
                     saved = time.perf_counter()
             if config.tracker:
                 accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
-            note = f"loss {record['loss']:.4f}, kl {record['kl']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
-            yield Progress(step + 1, total, note, record)
+            yield Progress(step + 1, total, step_note(record), record)
         memory["peak"] = peak_memory(student.device)
         seconds = before + time.perf_counter() - began
         frame = pd.DataFrame(history)
@@ -321,7 +340,8 @@ def _counts(index, block, mask, positions, config) -> Counts:
     return Counts(max(1, int(hidden)), max(1, int(here.sum())), max(1, int(follows.sum())))
 
 
-def _record(step, tokens, seconds, learning_rate, values, counts, points) -> dict[str, float]:
+def _record(step, tokens, seconds, learning_rate, values, counts, points, config) -> dict[str, float | None]:
+    """A step's record; a term that is not part of the loss was not computed, and is None."""
     loss, kl, ce, agree, *rest = values
     distances, (square_kl, square_hidden, norm) = rest[: len(points)], rest[len(points) :]
     grad_kl, grad_hidden = math.sqrt(square_kl), math.sqrt(square_hidden)
@@ -329,19 +349,25 @@ def _record(step, tokens, seconds, learning_rate, values, counts, points) -> dic
         "step": step + 1,
         "tokens": tokens,
         "loss": loss,
-        "kl": kl / counts.kl,
-        "hidden": sum(distances) / counts.hidden,
+        "kl": kl / counts.kl if config.kl_weight else None,
+        "hidden": sum(distances) / counts.hidden if points else None,
         **{f"hidden_{i}": d / counts.hidden for i, d in zip(points, distances, strict=True)},
-        "ce": ce / counts.ce,
-        "agreement": agree / counts.kl,
+        "ce": ce / counts.ce if config.ce_weight else None,
+        "agreement": agree / counts.kl if config.kl_weight else None,
         "grad_norm": norm,
         "grad_kl": grad_kl,
         "grad_hidden": grad_hidden,
-        "kl_share": grad_kl / (grad_kl + grad_hidden) if grad_kl + grad_hidden else 0.0,
+        "kl_share": grad_kl / (grad_kl + grad_hidden) if grad_kl + grad_hidden else None,
         "learning_rate": learning_rate,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
+
+
+def step_note(record: Mapping[str, Any]) -> str:
+    """A step's record in one short line: the loss, the terms that it has, and the speed."""
+    terms = [f"{name} {record[name]:.4f}" for name in ("loss", "kl", "hidden") if record[name] is not None]
+    return ", ".join([*terms, f"{record['tokens_per_second']:.0f} tokens/s"])
 
 
 def _not_finite(step: int, values: list[float], points: list[int], config: DistillConfig) -> str:
@@ -363,13 +389,14 @@ def _not_finite(step: int, values: list[float], points: list[int], config: Disti
 class _ActivationMeter:
     """Bytes that the forward pass keeps for the backward pass, each storage once."""
 
-    def __init__(self, memory: dict[str, int]):
+    def __init__(self, memory: dict[str, int], stacks: Sequence[LayerStack]):
         self.memory, self.seen = memory, {}
+        self.weights = {p.untyped_storage().data_ptr() for s in stacks for p in s.model.parameters()}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
 
     def _pack(self, x: Tensor) -> Tensor:
-        if not x.is_leaf or not x.requires_grad:
-            storage = x.untyped_storage()
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self.weights:
             self.seen[storage.data_ptr()] = storage.nbytes()
         return x
 

@@ -35,12 +35,14 @@ class BottomStore:
 
     def get(self, name: str, rows: Tensor, device: torch.device) -> Tensor | None:
         """Hidden states [B, T, d] of these rows on a device, or None where one of them is missing."""
+        rows = rows.cpu()  # DDP moves its inputs to the device
         if name not in self.states or not bool(self.filled[name][rows].all()):
             return None
         return self.states[name][rows].to(device)
 
     def put(self, name: str, rows: Tensor, hidden: Tensor) -> None:
         """Keep the hidden states [B, T, d] of these rows, where the store has this name."""
+        rows = rows.cpu()
         if name in self.states:
             self.states[name][rows] = hidden.detach().to(self.states[name].device)
             self.filled[name][rows] = True

@@ -244,6 +244,18 @@ def resolve_scope(scope: str | Sequence[int], student: LayerStack, gap: int | Se
     return [i for i in ids if i in chosen]
 
 
+def check_reach(config: DistillConfig, points: Sequence[int], trained: Sequence[int]) -> None:
+    """Raise DistillError where a layer would train that no term of the loss reaches."""
+    if config.kl_weight or config.ce_weight or not points:
+        return
+    beyond = [i for i in trained if i > max(points)]
+    if beyond:
+        raise DistillError(
+            f"Layers {beyond} lie above the last matched hidden state (layer {max(points)}), and there is no divergence: "
+            "nothing would train them. Leave them out of the scope, or match a higher layer."
+        )
+
+
 def match_points(config: DistillConfig, student: LayerStack, trained: Sequence[int]) -> list[int]:
     """Layer ids after which hidden states are matched, bottom first; the last one always means h[L].
 
@@ -267,7 +279,9 @@ def match_points(config: DistillConfig, student: LayerStack, trained: Sequence[i
             raise DistillError(
                 f"hidden_at={list(config.hidden_at)}: no gradient reaches layers {wrong}; choose among {ids[first:]}."
             )
-    return [i for i in ids if i in points]
+    found = [i for i in ids if i in points]
+    check_reach(config, found, trained)
+    return found
 
 
 @dataclass
@@ -279,8 +293,9 @@ class DistillResult:
     history : DataFrame
         One row an optimizer step: step, tokens, loss, kl (nats a token), hidden and hidden_<layer id>, ce,
         agreement (part of top tokens that equal the teacher's), grad_norm (of the trained weights, before
-        clipping), grad_kl and grad_hidden (norms at the hidden states where each term attaches), kl_share,
-        learning_rate, seconds, tokens_per_second.
+        clipping), grad_kl and grad_hidden (norms at the hidden states where each term attaches; a cross entropy
+        counts with the divergence), kl_share, learning_rate, seconds, tokens_per_second. A term that is not part
+        of the loss was not computed: None.
     trained, gap : list of int
         Layer ids.
     tokens, steps, seconds

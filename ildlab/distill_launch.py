@@ -108,6 +108,8 @@ def launch_steps(values: dict[str, Any], *, processes: int = 1, poll: float = 0.
     import pandas as pd
     import torch
 
+    from .distill import step_note
+
     _check(values, "launch")
     out = Path(values["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +136,7 @@ def launch_steps(values: dict[str, Any], *, processes: int = 1, poll: float = 0.
                 ended = job.poll() is not None  # asked first, so that the last lines are read after the end
                 for record in _new_records(metrics, len(records)):
                     records.append(record)
-                    note = f"loss {record['loss']:.4f}, kl {record['kl']:.4f}"
-                    yield Progress(record["step"], max(total, record["step"]), note, record)
+                    yield Progress(record["step"], max(total, record["step"]), step_note(record), record)
                 if not ended:
                     time.sleep(poll)
         finally:

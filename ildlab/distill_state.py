@@ -112,14 +112,12 @@ class Masters:
         tensors = resumed["tensors"]
         self.write([tensors[f"weight/{n}"] for n in self.names])
         for name, master in zip(self.names, self.tensors, strict=True):
+            if f"step/{name}" not in tensors:
+                continue
+            # On CUDA the fused AdamW keeps its count on the device too.
             optimizer.state[master] = {
-                key: tensors[f"{key}/{name}"].to(
-                    master.device if key != "step" else tensors[f"{key}/{name}"].device
-                )
-                for key in ("step", "exp_avg", "exp_avg_sq")
+                key: tensors[f"{key}/{name}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")
             }
-            if master.device.type == "cuda":  # the fused AdamW keeps its count on the device
-                optimizer.state[master]["step"] = optimizer.state[master]["step"].to(master.device)
         return resumed["step"], resumed["history"], resumed["seconds"]
 
     def finish(self) -> None:
@@ -161,11 +159,28 @@ _FREE = (
 )
 
 
-def identity(config: DistillConfig, trained, gap, layer_ids, text: str) -> str:
+def identity(config: DistillConfig, trained, gap, layer_ids, text: str, weights: str) -> str:
     """A name for one distillation: equal only where a checkpoint of one may be carried on by the other."""
     values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
-    whole = json.dumps([values, list(trained), list(gap), list(layer_ids), text], sort_keys=True)
+    whole = json.dumps([values, list(trained), list(gap), list(layer_ids), text, weights], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
+
+
+_ELSEWHERE = ("_name_or_path", "transformers_version")  # where a model was read from, and by what
+
+
+def weights_hash(*stacks: LayerStack) -> str:
+    """sha256 (hex) of the models' configs and of a sample of every weight: all of it would take seconds."""
+    digest = hashlib.sha256()
+    for stack in stacks:
+        told = {k: v for k, v in stack.model.config.to_dict().items() if k not in _ELSEWHERE}
+        told = json.dumps(told, sort_keys=True, default=str)
+        digest.update(f"{stack.layer_ids}{told}".encode())
+        for name, param in stack.model.named_parameters():
+            flat = param.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
+            digest.update(f"{name}{tuple(param.shape)}{param.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(path, name: str, masters: Masters, optimizer, step: int, history, seconds: float) -> None:
@@ -175,8 +190,9 @@ def save_checkpoint(path, name: str, masters: Masters, optimizer, step: int, his
     tensors = {}
     for at, master in zip(masters.names, masters.tensors, strict=True):
         tensors[f"weight/{at}"] = master.detach()
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            tensors[f"{key}/{at}"] = optimizer.state[master][key]
+        # A weight that no gradient has reached has no state.
+        for key, value in optimizer.state.get(master, {}).items():
+            tensors[f"{key}/{at}"] = value
     told = {"identity": name, "step": str(step), "seconds": repr(seconds), "history": json.dumps(history)}
     with atomic_file(path) as temporary:
         save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata=told)
@@ -253,10 +269,22 @@ def memory_parts(
     }
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on, where the system can (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a container may forbid it: then the peak is the process's own
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
-    """Highest memory use so far in bytes: of the device on CUDA, else of the process."""
+    """Highest memory use since `reset_peak_memory` in bytes: of the device on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     with contextlib.suppress(ImportError):
         import resource
 

@@ -26,7 +26,11 @@ class MeasureError(IldlabError):
 
 
 class DistillError(IldlabError):
-    """Distillation was asked for something impossible, or its loss stopped being finite."""
+    """Distillation was asked for something impossible, or failed."""
+
+
+class NotFiniteError(DistillError):
+    """The loss of a distillation, or its gradient, stopped being finite."""
 
 
 class SuiteError(IldlabError):

@@ -106,8 +106,12 @@ def next_phase(session: PruningSession, distill: bool = True) -> str:
                 return "evaluate"
         elif "evaluate" not in actions:
             return "evaluate removal"
+        elif session.config.heal and "heal" not in actions:
+            return "heal"
         elif distill:
-            return "heal" if session.config.heal and "heal" not in actions else "distill"
+            return "distill"
+        elif "heal" in actions and "evaluate" not in actions[actions.index("heal") :]:
+            return "evaluate"
     return "measure"
 
 
@@ -123,7 +127,7 @@ def _finally_distilled(session: PruningSession, changes: dict[str, Any]) -> bool
     return any(
         {**step.args["config"], "seed": None} == wanted and step.args["gap"] == session.removed
         for step in session.path[last:]
-        if step.action == "distill"
+        if step.action == "distill" and "stopped_at" not in step.result
     )
 
 

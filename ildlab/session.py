@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .distill import DistillConfig, distill_steps, resolve_scope
-from .errors import DistillError, JournalError, SessionError
+from .errors import DistillError, JournalError, NotFiniteError, SessionError
 from .evaluate import Evaluation, evaluate_steps
 from .heal import HealResult, heal_steps
 from .history import history_table, losses_table
@@ -459,7 +459,7 @@ class PruningSession:
             config = DistillConfig.from_dict({**config.to_dict(), **changes})
         gap = self._gap() if gap is None else self._removed_before(gap)
         number = len(self.steps)
-        seed = self._seed()
+        seed = changes.get("seed", self._seed())
         config = replace(config, seed=seed)
         checkpoint = self.folder / "checkpoint"
         _forget_other_checkpoint(checkpoint, self.journal.head.step, config, text, gap)
@@ -489,10 +489,12 @@ class PruningSession:
                 trained = resolve_scope(config.scope, self.student, gap)
                 self._commit_distill(trained, config, gap, {"stopped_at": last.done}, seed, started)
             raise
-        except BaseException:
+        except BaseException as error:
             # Whatever went wrong, today's student is again the one of the journal.
             work.close()
             self.student = self.student_at(self.journal.head.step)
+            if isinstance(error, NotFiniteError):  # the journal keeps why, for `diagnose`
+                self._append("failed", args={"action": "distill"}, result={"error": str(error)}, seed=seed)
             raise
         summary = {
             "tokens": result.tokens,
@@ -521,10 +523,11 @@ class PruningSession:
         text : str, optional
             Another source of `load_text` to train on in this step.
         gap : sequence of int, optional
-            Removed layers that the scope is counted from: `"suffix"` trains from the lowest of them up. By
-            default those removed since the last distillation.
+            Removed layers that "neighbours" and "window(k)" are counted from (a suffix begins at the lowest
+            layer ever removed). By default those removed since the last distillation.
         **changes
-            Fields of the config to change for this step. `tokens` above the run's `train_tokens` draws more text.
+            Fields of the config to change for this step. `tokens` above the run's `train_tokens` draws more text;
+            without a `seed`, data order follows the place in the run.
 
         Returns
         -------

@@ -8,7 +8,6 @@ teacher or text is refused, never used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import atomic_file, write_atomic
+from .distill_state import weights_hash
 from .errors import DistillError
 from .progress import Progress, Work, drive
 from .stack import LayerStack
@@ -61,7 +61,7 @@ class TeacherCache:
         text : str
             Fingerprint of the blocks.
         """
-        if self.manifest["teacher"] != teacher_hash(teacher):
+        if self.manifest["teacher"] != weights_hash(teacher):
             raise DistillError(
                 f"The cache in {self.folder} is of another teacher: delete it and build it anew."
             )
@@ -136,7 +136,7 @@ def build_steps(
     if wrong:
         raise DistillError(f"depths={wrong}: a depth lies between 1 and {len(teacher)}.")
     folder = Path(folder)
-    wanted = {"teacher": teacher_hash(teacher), "text": fingerprint, "dtype": str(dtype), "depths": kept}
+    wanted = {"teacher": weights_hash(teacher), "text": fingerprint, "dtype": str(dtype), "depths": kept}
     if (folder / "manifest.json").is_file():
         cache = TeacherCache(folder)
         if cache.manifest == wanted:
@@ -177,13 +177,3 @@ def build(
 ) -> TeacherCache:
     """Run `build_steps` to its end, with a bar."""
     return drive(build_steps(teacher, blocks, folder, **options), desc="teacher cache", show=show)
-
-
-def teacher_hash(teacher: LayerStack) -> str:
-    """sha256 (hex) of the config and of a sample of every weight (all of it would take longer than it saves)."""
-    digest = hashlib.sha256(json.dumps([len(teacher), teacher.layer_ids, teacher.hidden_size]).encode())
-    for name, param in teacher.model.named_parameters():
-        flat = param.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
-        digest.update(f"{name}{tuple(param.shape)}{param.dtype}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()

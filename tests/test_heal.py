@@ -39,12 +39,31 @@ def test_solution_is_the_minimum():
     assert (_solve((gram, cross), 1e9) - torch.eye(6)).abs().max() < 1e-6
 
 
-def test_a_linear_gap_is_healed_exactly(tiny):
-    """Where the removed layer only mixes what the layer below wrote, the map finds that mixing."""
+def test_a_linear_gap_is_healed(tiny):
+    """Where all that the student lacks is a linear mix of what the layer below writes, the map finds it."""
     student, teacher = pair(tiny)
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):  # the removed layer itself adds nothing
+            teacher.layers[2].get_submodule(name).weight.zero_()
+        mixing = torch.eye(32) + 0.08 * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+        student.own([1])
+        written = student.layers[1].mlp.down_proj.weight
+        wanted = written.clone()
+        written.copy_(torch.linalg.solve(mixing, written))
+        apart = (written - wanted).norm()
+
+    def kl(ids):
+        mine, theirs = (s.model(ids).logits.log_softmax(-1) for s in (student, teacher))
+        return (theirs.exp() * (theirs - mine)).sum(-1).mean().item()
+
+    fresh = rows(8, seed=5).long()
+    before = kl(fresh)
     result = heal(student, teacher, rows(60), 2, positions=None)
-    assert result.layer_id == 1 and result.kl_before > 0
-    assert result.kept == (result.kl_after < result.kl_before)
+    assert result.kept and result.layer_id == 1
+    # Not to 0: the ridge holds back directions in which the layer writes little.
+    assert result.kl_after < 0.5 * result.kl_before
+    assert kl(fresh) < 0.5 * before  # the folded student's own
+    assert (student.layers[1].mlp.down_proj.weight - wanted).norm() < 0.7 * apart
 
 
 def test_only_the_projection_changes_and_only_if_kept(tiny):

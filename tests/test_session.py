@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ildlab.diagnose import diagnose
 from ildlab.errors import DistillError, ExportError, JournalError, SessionError, TextError
 from ildlab.history import history_table
 from ildlab.loop import next_phase
@@ -95,6 +96,13 @@ def test_prune_only_then_one_final_distillation(make):
     assert len(session.steps) == before
 
 
+def test_healing_without_distillation(make):
+    session = make(heal=True)
+    session.run(target_layers=5, distill=False)
+    actions = [s.action for s in session.path if s.action in ("remove", "heal", "evaluate")]
+    assert actions == ["evaluate", "remove", "evaluate", "heal", "evaluate"]
+
+
 def test_a_final_distillation_follows_those_of_each_step_and_resumes(make):
     session = make()
     final = {"tokens": 16 * 32}
@@ -103,11 +111,13 @@ def test_a_final_distillation_follows_those_of_each_step_and_resumes(make):
         if "final distillation" in progress.note and progress.done > 1:
             work.close()
             break
-    session.undo(session.path[-2].step)
+    assert "stopped_at" in session.journal.head.result  # kept, but not the whole of it
     session.run()  # goes on with the settings of the run
     gaps = [s.args["gap"] for s in session.path if s.action == "distill"]
-    assert gaps == [session.removed[:1], session.removed[1:], session.removed]
+    assert gaps == [session.removed[:1], session.removed[1:], session.removed, session.removed]
     assert session.path[-1].action == "evaluate"
+    whole = [s for s in session.path if s.action == "distill"][-1]
+    assert whole.result["tokens"] == 16 * 32
 
 
 @pytest.mark.parametrize(
@@ -255,8 +265,16 @@ def test_nan_loss_leaves_the_last_good_student(make, monkeypatch):
     with pytest.raises(DistillError):
         session.distill(learning_rate=1e30, clip=None, warmup=0.0)
     assert torch.equal(logits(session.student, session.tokenizer), before)
-    assert session.journal.head.action == "remove"
+    head = session.journal.head
+    assert (head.action, head.args) == ("failed", {"action": "distill"}) and "finite" in head.result["error"]
+    assert [f.signature for f in diagnose(session)] == ["not finite"]
+    with pytest.raises(DistillError, match="scope"):  # a mistake is no failure of the run
+        session.distill(scope="everything")
+    assert session.journal.head == head
     session.distill()
+    assert diagnose(session) == []
+    session.undo()
+    assert session.removed == [2]
 
 
 def test_refusals_change_nothing(make, tmp_path, tiny_folder, text_file):
