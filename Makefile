@@ -62,7 +62,8 @@ browser:
 lab: setup  ## Open JupyterLab on the first notebook
 	$(BIN)/python -m jupyterlab notebooks/01_step_through_pruning.ipynb
 
-bench: setup  ## What is fast, as ratios measured in one run
+bench: setup  ## What is fast, as ratios measured in one run, beside optipfair and TRL
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[$(EXTRAS),bench]"
 	$(BIN)/python benchmarks/run.py
 
 lint: $(STAMP)  ## Style and format

@@ -228,12 +228,12 @@ def quality_loss(
     Returns
     -------
     Estimate
-        NaN where the teacher's aggregate is not above 0.
+        NaN where the teacher's *corrected* aggregate is not above 0: it guesses.
 
     Raises
     ------
     SuiteError
-        The results are not of the same tasks.
+        The results are not of the same tasks, or the teacher's aggregate is not above 0.
     """
     if student.fingerprint != teacher.fingerprint:
         raise SuiteError(
@@ -243,6 +243,11 @@ def quality_loss(
     form = "aggregate_corrected" if corrected else "aggregate"
     mine, theirs = getattr(student, form), getattr(teacher, form)
     if theirs <= 0:
+        if not corrected:
+            raise SuiteError(
+                f"The teacher's aggregate on {teacher.name} is {theirs:.3f}: there is no quality to lose. Use a suite "
+                "that the teacher can do."
+            )
         return Estimate(math.nan, math.nan, math.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = 1 - student.resampled(corrected, seed) / teacher.resampled(corrected, seed)

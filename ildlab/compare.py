@@ -7,9 +7,10 @@ comparison that was stopped goes on where it stood. The methods carry the names 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import pandas as pd
 from .cache import data_dir
 from .errors import SessionError
 from .evaluation import Evaluation
+from .history import canary_scores
 from .models import LoadedModel
 from .progress import Progress
-from .session import PruningSession
+from .session import PruningSession, SessionConfig
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,16 @@ def compare_steps(
         if metric == "task":
             options = {**options, "suite": suite}
         own = folder / name
+        wanted = {"metric": metric, "measure": options, "suite": suite, **settings}
         if (own / "config.json").exists():
             session = PruningSession.open(own, teacher)
+            try:
+                _check_same(session, wanted)
+            except SessionError:
+                session.close()
+                raise
         else:
-            session = PruningSession.create(
-                own, teacher, metric=metric, measure=options, suite=suite, **settings
-            )
+            session = PruningSession.create(own, teacher, **wanted)
         with session:
             for note in _advance(session, method, remove, evaluate_every, folder / "suites"):
                 table = pd.concat([*parts, curve(session, name)]) if len(session.path) > 1 else None
@@ -136,18 +142,32 @@ def compare_steps(
     return pd.concat(parts, ignore_index=True)
 
 
+def _check_same(session: PruningSession, wanted: dict[str, Any]) -> None:
+    """Raise SessionError where a run that is to go on was begun with other settings."""
+    fresh = asdict(SessionConfig(teacher=session.config.teacher, **wanted))
+    stored = asdict(session.config)
+    other = [name for name in fresh if json.dumps(fresh[name]) != json.dumps(stored[name])]
+    if other:
+        told = "; ".join(f"{name} was {stored[name]!r}, now {fresh[name]!r}" for name in other)
+        raise SessionError(
+            f"The run in {session.folder} was begun with other settings ({told}): go on with those, or compare in "
+            "another folder."
+        )
+
+
 def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path):
     """Do what a run lacks, step by step, judging by its journal alone; yields what comes next."""
     while True:
         gone = len(session.removed)
-        since = [step.action for step in session.path]
+        # A distillation that was stopped part-way is no whole one: it is done again.
+        since = [step.action for step in session.path if "stopped_at" not in step.result]
         since = since[len(since) - since[::-1].index("remove") :] if gone else since
         if gone and method.distill and "distill" not in since:
             yield f"distilling after removal {gone} of {remove}"
             yield from (f"distilling, {p.note}" for p in _every(session.distill_steps()))
         elif (gone % every == 0 or gone == remove) and "evaluate" not in since:
             yield f"evaluating at {gone} removed"
-            work = session.evaluate_steps(speed=False, canaries=False, cache=cache)
+            work = session.evaluate_steps(speed=False, cache=cache)
             yield from (f"evaluating, {p.note}" for p in _every(work))
         elif gone >= remove:
             return
@@ -183,7 +203,7 @@ def curve(session: PruningSession, name: str) -> pd.DataFrame:
     DataFrame
         `method`, `layers_removed`, `share_removed`, `layer_id` (the last removed), `aggregate` with
         `low` and `high`, `corrected`, `quality_loss` with `loss_low` and `loss_high`, `perplexity`,
-        `kl`, `parameters`, and a column for each task.
+        `kl`, `parameters`, and a column for each task and each canary (`canary_<name>`).
     """
     rows, removed = [], []
     for step in session.path:
@@ -202,7 +222,7 @@ def curve(session: PruningSession, name: str) -> pd.DataFrame:
                     "low": interval.low, "high": interval.high, "corrected": found.suite.aggregate_corrected,
                     "quality_loss": loss.value, "loss_low": loss.low, "loss_high": loss.high,
                     "perplexity": found.perplexity, "kl": found.kl, "parameters": found.parameters,
-                    **{task.name: task.score for task in found.suite.tasks.values()},
+                    **{task.name: task.score for task in found.suite.tasks.values()}, **canary_scores(found),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)

@@ -122,6 +122,11 @@ def distill_steps(
     world, rank = accelerator.num_processes, accelerator.process_index
     if config.batch_size % world:
         raise DistillError(f"batch_size={config.batch_size} cannot be shared evenly by {world} processes.")
+    if config.tracker and not accelerator.log_with:
+        raise DistillError(
+            f"tracker={config.tracker!r} is not installed here: pip install {config.tracker}, or leave it out (the "
+            "JSONL metrics are always written)."
+        )
     name = identity(config, trained, gaps, student.layer_ids, fingerprint, weights_hash(student, teacher))
     resumed = load_checkpoint(checkpoint, name) if checkpoint else None
 
@@ -227,7 +232,7 @@ def distill_steps(
                     save_checkpoint(checkpoint, name, masters, optimizer, step + 1, history, seconds)
                     saved = time.perf_counter()
             if config.tracker:
-                accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
+                accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=step)
             yield Progress(step + 1, total, step_note(record), record)
         memory["peak"] = peak_memory(student.device)
         seconds = before + time.perf_counter() - began

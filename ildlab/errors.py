@@ -5,6 +5,11 @@ show its text as it is and let everything else surface as the bug that it is.
 """
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type's name where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class IldlabError(Exception):
     """Base of every error that ildlab raises on purpose."""
 

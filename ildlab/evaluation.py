@@ -135,6 +135,7 @@ class Evaluation:
             if mine is None:
                 continue
             rows.append((f"{mine.name}: aggregate", mine.shown(), "" if theirs is None else theirs.shown()))
+            rows += [(f"{mine.name}: note", note, "") for note in mine.notes]
             for name, task in mine.tasks.items():
                 other = None if theirs is None else theirs.tasks.get(name)
                 rows.append(

@@ -51,7 +51,6 @@ def greedy_steps(
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     answers: list[str] = [""] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    stopping = {"stop_strings": list(stop), "tokenizer": tokenizer} if stop else {}
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         width = max(len(ids[i]) for i in chosen)
@@ -63,12 +62,24 @@ def greedy_steps(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            **stopping,
+            stopping_criteria=[_Stopped(tokenizer, stop, width)] if stop else None,
         )
         for i, row in zip(chosen, out[:, width:]):
             answers[i] = cut(tokenizer.decode(row, skip_special_tokens=True), stop)
         yield Progress(start + len(chosen), len(order), note)
     return answers, truncated
+
+
+class _Stopped:
+    """Ends a row's generation once its answer holds a stop string behind its first word."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int):
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(ids[:, self.width :], skip_special_tokens=True)
+        done = [any(mark in text.lstrip() for mark in self.stop) for text in texts]
+        return torch.tensor(done, device=ids.device)
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

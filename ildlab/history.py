@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from .aggregate import compare
+from .evaluation import Evaluation
+
 if TYPE_CHECKING:
     from .session import PruningSession
 
@@ -18,7 +21,8 @@ def history_table(session: PruningSession, step: int | None = None) -> pd.DataFr
     Columns: `n_removed`, `layer_id`, `score`, `layers`, `parameters`, `perplexity_pruned`,
     `kl_pruned`, `aggregate_pruned` (right after the removal), `perplexity`, `kl` (nats per token, after distillation),
     `perplexity_undistilled`, `kl_undistilled` (the teacher without the same layers, never
-    distilled), `agreement`, `aggregate`, `loss` (the quality loss that `max_loss` limits), `seconds`.
+    distilled), `agreement`, `aggregate`, `loss` (the quality loss that `max_loss` limits), `seconds`, and
+    `canary_copying`, `canary_arithmetic`, `canary_brackets` (of the iteration's last evaluation).
     """
     columns = (
         "n_removed layer_id score layers parameters perplexity_pruned kl_pruned aggregate_pruned "
@@ -50,9 +54,10 @@ def history_table(session: PruningSession, step: int | None = None) -> pd.DataFr
         if step.action == "evaluate":
             found = step.result["evaluation"]
             row["parameters"] = found["parameters"]
+            row["loss"] = step.result["loss"]
+            row.update(canary_scores(Evaluation.from_dict(found)))
             if distilled:
                 row.update(perplexity=found["perplexity"], kl=found["kl"], agreement=found["agreement"])
-                row["loss"] = step.result["loss"]
                 row["aggregate"] = step.result.get("aggregate")
             else:
                 row.update(perplexity_pruned=found["perplexity"], kl_pruned=found["kl"])
@@ -60,7 +65,44 @@ def history_table(session: PruningSession, step: int | None = None) -> pd.DataFr
             bare = step.result.get("undistilled")
             if bare:
                 row.update(perplexity_undistilled=bare["perplexity"], kl_undistilled=bare["kl"])
-    return pd.DataFrame(rows, columns=columns)
+    canaries = dict.fromkeys(name for row in rows for name in row if name.startswith("canary_"))
+    return pd.DataFrame(rows, columns=[*columns, *canaries])
+
+
+def canary_scores(found: Evaluation) -> dict[str, float]:
+    """Scores of the canaries, as columns `canary_<name>`; none where they were not scored."""
+    tasks = found.canaries.tasks if found.canaries is not None else {}
+    return {f"canary_{name}": task.score for name, task in tasks.items()}
+
+
+def task_table(session: PruningSession) -> pd.DataFrame:
+    """Scores task by task: teacher | pruned (right after the last removal) | today's student, with the changes.
+
+    Of the run's suite where it has been scored, and of the canaries. A model that was not scored has no column.
+    """
+    models: dict[str, Evaluation] = {}
+    distilled = False
+    for step in session.path:
+        if step.action == "remove":
+            models.pop("student", None)
+            models.pop("pruned", None)
+            distilled = False
+        distilled = distilled or step.action in ("heal", "distill")
+        if step.action == "evaluate":
+            found = Evaluation.from_dict(step.result["evaluation"])
+            whole = len(step.layer_ids) == len(session.teacher)
+            models["teacher" if whole else "student" if distilled else "pruned"] = found
+    parts, kinds = [], []
+    for kind in ("suite", "canaries"):
+        scored = {
+            name: getattr(found, kind) for name, found in models.items() if getattr(found, kind) is not None
+        }
+        if len(scored) > 1:
+            parts.append(compare(**scored))
+            kinds.append(kind)
+    if not parts:
+        return pd.DataFrame()
+    return pd.concat(parts, keys=kinds, names=["of", "task"])
 
 
 def losses_table(session: PruningSession) -> pd.DataFrame:

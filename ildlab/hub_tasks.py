@@ -17,7 +17,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from .errors import SuiteError
+from .errors import SuiteError, first_line
 from .tasks import check_row
 
 
@@ -75,9 +75,9 @@ def _load(hub: dict, config: str | None, split: str, where: str, hub_root) -> It
     except Exception as error:  # datasets lets through errors of fsspec, httpx, pyarrow and its own
         raise SuiteError(
             f"{where}: the data set {hub['path']}{f' ({config})' if config else ''} could not be loaded: "
-            f"{str(error).splitlines()[0]}\nWithout network access download it elsewhere "
+            f"{first_line(error)}\nWithout network access download it elsewhere "
             f"(`hf download --repo-type dataset {hub['path']} --local-dir FOLDER/{hub['path']}`) and pass "
-            "hub_root=FOLDER; a gated data set needs `hf auth login`."
+            "hub_root=FOLDER (or set ILDLAB_HUB_ROOT=FOLDER); a gated data set needs `hf auth login`."
         ) from error
 
 

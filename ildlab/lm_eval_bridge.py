@@ -7,11 +7,12 @@ ship with ildlab can be named as well (`mini7`, `mini7_knowledge`, ...).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,8 +21,8 @@ import numpy as np
 
 from .aggregate import SuiteResult, TaskResult
 from .cache import data_dir
-from .errors import SuiteError
-from .loglikelihood import Outcomes, encode, encode_rolling, score_steps, window
+from .errors import SuiteError, first_line
+from .loglikelihood import ENGINE, Outcomes, encode, encode_rolling, score_steps, window
 from .packing import Encoded
 from .progress import Progress, drive
 from .stack import LayerStack
@@ -55,6 +56,7 @@ class StackLM(LM):
         super().__init__()
         self.stack, self.tokenizer = stack, tokenizer
         self.max_length = max_length or window(stack, tokenizer)
+        self.truncated = 0  # contexts that lost their beginning, so far
 
     @property
     def tokenizer_name(self) -> str:
@@ -66,13 +68,17 @@ class StackLM(LM):
         pairs = [request.args for request in requests]
         contexts = {context: number for number, context in enumerate(dict.fromkeys(c for c, _ in pairs))}
         encoded = encode(self.tokenizer, pairs, self.max_length)
+        self.truncated += sum(each.truncated for each in encoded)
         found = drive(score_steps(self.stack, encoded, [contexts[c] for c, _ in pairs]))
         greedy = found.matched == found.length
         return [(float(ll), bool(hit)) for ll, hit in zip(found.loglikelihood, greedy)]
 
     def loglikelihood_rolling(self, requests) -> list[float]:
         """Log-likelihood of each whole text."""
-        cut = [encode_rolling(self.tokenizer, request.args[0], self.max_length) for request in requests]
+        cut = [
+            encode_rolling(self.tokenizer, request.args[0], self.max_length, special_tokens=True)
+            for request in requests
+        ]
         owner = [index for index, windows in enumerate(cut) for _ in windows]
         found = drive(score_steps(self.stack, [e for windows in cut for e in windows], range(len(owner))))
         return np.bincount(owner, found.loglikelihood, minlength=len(cut)).tolist()
@@ -90,7 +96,7 @@ class StackLM(LM):
             if wanted.get("do_sample") and wanted.get("temperature", 1.0) > 0:
                 raise SuiteError("This lm-eval task samples its answers; ildlab generates greedily only.")
             stop = wanted.get("until") or []
-            texts, _ = drive(
+            texts, truncated = drive(
                 greedy_steps(
                     self.stack,
                     self.tokenizer,
@@ -100,6 +106,7 @@ class StackLM(LM):
                     max_length=self.max_length,
                 )
             )
+            self.truncated += truncated
             for index, text in zip(chosen, texts):
                 answers[index] = text
         return answers
@@ -146,8 +153,13 @@ class LmEvalSuite:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) of task names, limit and lm-eval's version."""
-        return hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__)).encode()).hexdigest()
+        """sha256 (hex) of task names, limit, lm-eval's version, our scoring's, and the tasks that ship."""
+        digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__, ENGINE)).encode())
+        if any(name.startswith("mini7") for name in self.names):
+            folder = data_dir() / "suites"
+            for file in sorted([*folder.glob("lm_eval/*"), *folder.glob("mini7/*.jsonl")]):
+                digest.update(file.read_bytes() if file.is_file() else b"")
+        return digest.hexdigest()
 
     @property
     def tasks(self) -> list:
@@ -163,32 +175,44 @@ class LmEvalSuite:
     def steps(self, stack: LayerStack, tokenizer: Any) -> Generator[Progress, None, SuiteResult]:
         """Run `lm_eval.simple_evaluate` on the model in memory."""
         yield Progress(0, 1, f"{self.name} (lm-eval shows its own progress)")
+        model = StackLM(stack, tokenizer)
+        with _quiet(), self._hub():
+            found = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(self.names),
+                limit=self.limit,
+                bootstrap_iters=0,
+                task_manager=_manager(),
+            )
+        tasks, notes = {}, []
+        for name, samples in found["samples"].items():
+            # lm-eval has a sample for each document *and* filter of the answer: the first filter counts.
+            filters = list(dict.fromkeys(sample.get("filter", "none") for sample in samples))
+            samples = [sample for sample in samples if sample.get("filter", "none") == filters[0]]
+            if len(filters) > 1:
+                notes.append(f"{name}: answers by the filter {filters[0]!r} of {', '.join(filters)}.")
+            chance = float(np.mean([1 / max(1, len(sample["arguments"])) for sample in samples]))
+            several = any(len(sample["arguments"]) > 1 for sample in samples)
+            tasks[name] = _task_result(name, samples, chance if several else 0.0)
+        if model.truncated:
+            notes.append(f"{model.truncated} contexts were cut from the left to {model.max_length} tokens.")
+        return SuiteResult(self.name, self.fingerprint, tasks, notes=notes)
+
+    @contextlib.contextmanager
+    def _hub(self) -> Iterator[None]:
         try:
-            with _quiet():
-                found = lm_eval.simple_evaluate(
-                    model=StackLM(stack, tokenizer),
-                    tasks=list(self.names),
-                    limit=self.limit,
-                    bootstrap_iters=0,
-                    task_manager=_manager(),
-                )
+            yield
         except Exception as error:
             if not _no_hub(error):
                 raise
             raise SuiteError(
-                f"lm-eval could not load the data of {self.name}: {str(error).splitlines()[0]}\n"
+                f"lm-eval could not load the data of {self.name}: {first_line(error)}\n"
                 "Its tasks come from the Hub: run this where there is network access, or use 'mini7'."
             ) from error
-        tasks = {}
-        for name, samples in found["samples"].items():
-            chance = float(np.mean([1 / max(1, len(sample["arguments"])) for sample in samples]))
-            several = any(len(sample["arguments"]) > 1 for sample in samples)
-            tasks[name] = _task_result(name, samples, chance if several else 0.0)
-        return SuiteResult(self.name, self.fingerprint, tasks)
 
     def plan(self, tokenizer: Any, length: int) -> LmEvalPlan:
         """Collect the tasks' log-likelihood requests, for an ablation sweep."""
-        with _quiet():
+        with _quiet(), self._hub():
             tasks = _manager().load(list(self.names))["tasks"]
             for task in tasks.values():
                 task.build_all_requests(limit=self.limit, rank=0, world_size=1)
@@ -237,7 +261,16 @@ class LmEvalPlan:
                     gold.append(1.0 if not isinstance(right, int) or number == right else 0.0)
                 docs[-1].append((task, instances[0].doc, places))
                 example += 1
-        return cls(docs, encode(tokenizer, pairs, length), np.array(owner), np.array(gold), list(tasks))
+        encoded = encode(tokenizer, pairs, length)
+        return cls(docs, encoded, np.array(owner), np.array(gold), list(tasks))
+
+    @property
+    def truncated(self) -> dict[str, int]:
+        """Contexts of each task that lost their beginning."""
+        return {
+            name: sum(any(self.encoded[p].truncated for p in places) for _, _, places in docs)
+            for name, docs in zip(self.names, self.docs)
+        }
 
     @property
     def groups(self) -> list[int]:

@@ -24,6 +24,7 @@ from .packing import Batch, Encoded, make_batches
 from .progress import Progress
 from .stack import LayerStack
 
+ENGINE = 2  # raise it when scoring changes, so that kept results are not mistaken for today's
 HEAD_CHUNK = 256  # positions whose logits exist at one time
 
 
@@ -107,9 +108,15 @@ def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) ->
     return out
 
 
-def encode_rolling(tokenizer: Any, text: str, max_length: int) -> list[Encoded]:
-    """Cut a text to windows so that every token is scored once, as lm-eval's rolling log-likelihood."""
-    ids = tuple(tokenizer.encode(text))
+def encode_rolling(
+    tokenizer: Any, text: str, max_length: int, *, special_tokens: bool = False
+) -> list[Encoded]:
+    """Cut a text to windows so that every token is scored once.
+
+    The first window is conditioned on BOS (or EOS). With `special_tokens` a tokenizer that opens every text
+    with BOS has that scored too, as lm-eval's rolling log-likelihood does.
+    """
+    ids = tuple(tokenizer.encode(text, add_special_tokens=special_tokens))
     if not ids:
         raise SuiteError(f"The text {text[:60]!r} has no token.")
     out = [Encoded((prefix_token(tokenizer),), ids[:max_length])]

@@ -119,7 +119,10 @@ def make_batches(
     trees.sort(key=lambda tree: (-len(tree.ids), tree.ids))
     batches, rows = [], []
     for tree in trees:
-        if rows and (len(rows) + 1) * len(rows[0].ids) > tokens_per_batch:
+        full = rows and (len(rows) + 1) * len(rows[0].ids) > tokens_per_batch
+        # A tree's mask holds for its whole batch, and would stand in for the sliding window of a longer row.
+        crossing = rows and len(rows[0].ids) > largest_tree >= len(tree.ids)
+        if full or crossing:
             batches.append(_batch(rows))
             rows = []
         rows.append(tree)

@@ -346,10 +346,11 @@ class PruningSession:
         self, metric: str | None = None, **options: Any
     ) -> Generator[Progress, None, LayerScores]:
         """Score today's layers; see `measure`."""
-        metric = metric or self.config.metric
+        metric, given = metric or self.config.metric, options
         options = {**self.config.measure, **options}
         seed = options.pop("seed", self._seed())
-        if metric == "task":
+        if metric == "task":  # it scores a suite's answers, not positions of a text
+            options = {k: v for k, v in options.items() if k in given or k != "positions"}
             options.setdefault("suite", self.config.suite)
         needs = {"tokenizer": self.tokenizer} if metric == "task" else {}
         started = time.perf_counter()
@@ -552,7 +553,7 @@ class PruningSession:
         suite = None if suite is False else suite or self.config.suite
         blocks = self.text("eval")
         # Perplexity and even the aggregate can look fine while copying has collapsed.
-        options.setdefault("canaries", suite is not None)
+        options.setdefault("canaries", True)
         started = time.perf_counter()
         teacher = self._teacher_evaluation(suite)
         found = yield from evaluate_steps(
@@ -795,7 +796,7 @@ class PruningSession:
         for step in self.steps:
             if (
                 step.action == "evaluate"
-                and step.args["suite"] == suite
+                and suite in (None, step.args["suite"])
                 and len(step.layer_ids) == len(self.teacher)
             ):
                 return Evaluation.from_dict(step.result["evaluation"])

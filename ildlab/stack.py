@@ -462,11 +462,12 @@ def _split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
 @contextlib.contextmanager
 def _forward_replaced(layer: nn.Module, forward) -> Iterator[None]:
     # accelerate's offload hooks also live in the instance's __dict__: put back exactly what was there.
-    before = layer.__dict__.get("forward")
-    layer.forward = forward
+    before, compiled = layer.__dict__.get("forward"), layer._compiled_call_impl
+    layer.forward, layer._compiled_call_impl = forward, None  # a compiled layer would compile this stand-in
     try:
         yield
     finally:
+        layer._compiled_call_impl = compiled
         if before is None:
             del layer.__dict__["forward"]
         else:

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,11 @@ import torch
 from .aggregate import SuiteResult, TaskResult
 from .cache import data_dir, write_atomic
 from .errors import SuiteError
-from .loglikelihood import score_steps, window
+from .loglikelihood import ENGINE, score_steps, window
 from .plan import Plan
 from .progress import Progress, drive
 from .stack import LayerStack
 from .tasks import KINDS, Task, read_jsonl, weights
-
-ENGINE = 1  # raise it when scoring changes, so that kept results are not mistaken for today's
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,7 @@ class Suite:
         """
         if limit < 1:
             raise SuiteError(f"limit={limit}: a task needs at least one example.")
-        return Suite(
-            self.name, tuple(replace(task, rows=task.rows[:limit]) for task in self.tasks), self.description
-        )
+        return Suite(self.name, tuple(task.take(limit) for task in self.tasks), self.description)
 
     def plan(self, tokenizer: Any, length: int) -> Plan:
         """Encode all log-likelihood requests for a model's window of `length` tokens."""
@@ -97,7 +93,8 @@ def load_suite(suite: Any, *, limit: int | None = None, hub_root: str | Path | N
     limit : int, optional
         At most so many rows a task.
     hub_root : path, optional
-        Folder with local copies `owner/name` of Hub data sets, used in place of the Hub.
+        Folder with local copies `owner/name` of Hub data sets, used in place of the Hub; by default the
+        environment variable ILDLAB_HUB_ROOT.
 
     Returns
     -------
@@ -112,7 +109,7 @@ def load_suite(suite: Any, *, limit: int | None = None, hub_root: str | Path | N
         name, mark, rows = str(suite).rpartition("@")
         if mark and rows.isdigit():
             return load_suite(name, limit=min(int(rows), limit or int(rows)), hub_root=hub_root)
-        loaded = _load(str(suite), hub_root)
+        loaded = _load(str(suite), hub_root or os.environ.get("ILDLAB_HUB_ROOT"))
     elif hasattr(suite, "fingerprint"):
         loaded = suite
     else:

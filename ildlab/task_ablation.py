@@ -70,7 +70,8 @@ def task_steps(
     LayerScores
         One "sequence" an example: aggregate of the whole student minus that without the layer, so
         that the weighted mean is the drop of the aggregate. `details["whole"]` is the student's own
-        aggregate, `details["layer_passes"]` the work: layers run, in tokens, over the tokens of the suite.
+        aggregate, `details["truncated"]` the contexts that lost their beginning, by task, and
+        `details["layer_passes"]` the work: layers run, in tokens, over the tokens of the suite.
 
     Raises
     ------
@@ -100,7 +101,7 @@ def task_steps(
         details = {
             "suite": suite.name, "suite_fingerprint": suite.fingerprint, "race": race, "seed": seed,
             "whole": float(job.weights[seen] @ job.whole[seen] / job.weights[seen].sum()),
-            "layer_passes": job.passes / max(job.tokens, 1), "dropped": dropped,
+            "layer_passes": job.passes / max(job.tokens, 1), "dropped": dropped, "truncated": plan.truncated,
         }  # fmt: skip
         scores = _scores(job, suite, seen, confidence, details)
         if not race:

@@ -5,20 +5,22 @@
 | `multiple_choice` | `{query, choices, gold}` | `accuracy_raw`, `accuracy_bytes` |
 | `minimal_pairs` | the same, or `{context_options, continuation, gold}` | the same |
 | `cloze` | `{context, continuation}` | `exact` (greedy decoding gives it), `loglikelihood` |
-| `copy` | `{context, continuation}` | `prefix` (share of its tokens before the first miss), `exact` |
+| `copy` | `{context, continuation}` | `prefix` (share of its tokens before the first miss), `exact`, `loglikelihood` |
 | `bits_per_byte` | `{text}` | `bits_per_byte` |
 | `generation` | `{context, references}` | `chrf`, `rouge_l` |
 
 All but `generation` are decided by log-likelihoods: greedy decoding would give a continuation exactly
-where each of its tokens is the most likely one, so that nothing has to be generated.
+where each of its tokens is the most likely one, so that nothing has to be generated. For chrF of copying give the
+rows as a `generation` task, `{context, references: [the text to copy]}`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ KINDS = ("multiple_choice", "minimal_pairs", "cloze", "copy", "bits_per_byte", "
 METRICS = {
     "multiple_choice": ("accuracy",),
     "minimal_pairs": ("accuracy",),
-    "cloze": ("exact", "loglikelihood"),
+    "cloze": ("exact",),  # a log-likelihood is no share: it is reported beside it
     "copy": ("prefix", "exact"),
     "bits_per_byte": ("bits_per_byte",),
     "generation": ("chrf", "rouge_l"),
@@ -97,6 +99,8 @@ class Task:
             )
         elif self.normalise not in ("raw", "bytes"):
             problem = f"normalise: {self.normalise!r} is neither raw nor bytes"
+        elif self.kind == "bits_per_byte" and self.direction != "lower":
+            problem = "fewer bits per byte are better: direction: lower, with chance: 8"
         elif self.direction not in ("higher", "lower"):
             problem = f"direction: {self.direction!r} is neither higher nor lower"
         elif self.direction == "lower" and self.chance <= 0:
@@ -109,10 +113,21 @@ class Task:
             problem = "it has no rows"
         elif self.fewshot and self.kind == "bits_per_byte":
             problem = "a bits_per_byte task takes no few-shot examples"
-        elif self.fewshot > (len(self.shots) or len(self.rows) - 1):
-            problem = f"fewshot: {self.fewshot}, but there are only {len(self.shots) or len(self.rows) - 1} examples"
+        elif self.fewshot > self._fewest_shots():
+            problem = f"fewshot: {self.fewshot}, but there are only {self._fewest_shots()} examples"
         if problem:
             raise SuiteError(f"Task {self.name!r}: {problem}.")
+
+    def _fewest_shots(self) -> int:
+        """Solved examples that the row with the fewest can have: a group takes its own alone."""
+        groups = Counter(row.get("group") for row in self.shots or self.rows)
+        own = not self.shots or any(shot is self.rows[0] for shot in self.shots)
+        return min(groups[group] for group in {row.get("group") for row in self.rows}) - own
+
+    def take(self, limit: int) -> Task:
+        """Return the task with at most `limit` rows; few-shot examples still come from all of them."""
+        shots = self.shots or (self.rows if self.fewshot and limit < len(self.rows) else ())
+        return replace(self, rows=self.rows[:limit], shots=shots)
 
     @property
     def measure(self) -> str:
@@ -128,8 +143,8 @@ class Task:
     def prompt(self, index: int, context: str) -> str:
         """Put the headline and the few-shot examples of row `index` before its context."""
         row = self.rows[index]
-        shots = self.shots or self.rows[:index] + self.rows[index + 1 :]
-        chosen = [shot for shot in shots if shot.get("group") == row.get("group")][: self.fewshot]
+        others = (shot for shot in self.shots or self.rows if shot is not row)
+        chosen = [shot for shot in others if shot.get("group") == row.get("group")][: self.fewshot]
         return (
             row.get("headline", "")
             + "".join(solved(self, shot) + self.separator for shot in chosen)
@@ -308,17 +323,18 @@ def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:
         The file is missing or empty, a line is not JSON, or a row is malformed (names file and line).
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SuiteError(f"The task file {path} cannot be read: {error}.") from error
     if path.suffix == ".txt":
         if kind not in (None, "bits_per_byte"):
             raise SuiteError(f"{path}: a .txt file is a bits_per_byte task, not {kind}.")
-        rows = [{"text": passage} for passage in _passages(lines)]
+        rows = [{"text": passage} for passage in _passages(content.splitlines(keepends=True))]
         kind = "bits_per_byte"
     else:
         rows = []
-        for number, line in enumerate(lines, 1):
+        # Not splitlines(): a JSON string may hold U+2028 and its like.
+        for number, line in enumerate(content.split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{path.name} line {number}"

@@ -52,10 +52,43 @@ def test_every_method_has_a_curve_and_goes_on_where_it_stopped(table, loaded):
             assert len(curve(session, name)) == 2
 
 
-def test_the_teacher_is_scored_once(table):
-    folder, _ = table
-    # The teacher, and each student at 2 removed; those of two methods may be one model.
-    assert 2 <= len(list((folder / "suites").glob("*.json"))) <= 1 + len(METHODS)
+def test_the_teacher_is_scored_once(loaded, text_file, tmp_path, monkeypatch):
+    import ildlab.suites as suites
+
+    scored = []
+    real = suites._own_steps
+    monkeypatch.setattr(suites, "_own_steps", lambda stack, *a: scored.append(len(stack)) or real(stack, *a))
+    chosen = ["shortgpt", "iterative_block_influence"]
+    settings = {"text": str(text_file), **SETTINGS, "evaluate_every": 1}
+    table = drive(compare_steps(tmp_path, loaded, remove=1, methods=chosen, **settings))
+    assert scored.count(4) == 2  # the suite and the canaries, for both methods together
+    assert {"canary_copying", "canary_arithmetic", "canary_brackets"} <= set(table.columns)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(loaded, text_file, tmp_path):
+    settings = {"text": str(text_file), **SETTINGS, "evaluate_every": 1}
+    name = "iterative_block_influence_distillation"
+
+    def run(**changes):
+        return compare_steps(tmp_path, loaded, remove=1, methods=[name], **{**settings, **changes})
+
+    # Stopped in the middle of its distillation: what was trained so far is no whole distillation.
+    work = run(train_tokens=4096)
+    with PruningSession.create(
+        tmp_path / name, loaded, metric="block_influence", suite="mini7@1", text=str(text_file),
+        **{**{k: v for k, v in SETTINGS.items() if k not in ("suite", "evaluate_every")}, "train_tokens": 4096},
+    ) as session:  # fmt: skip
+        session.measure()
+        session.remove()
+        stopped = session.distill_steps()
+        next(stopped)
+        stopped.close()
+    drive(work)
+    with PruningSession.open(tmp_path / name, loaded) as session:
+        found = ["stopped_at" in step.result for step in session.path if step.action == "distill"]
+    assert found == [True, False]
+    with pytest.raises(SessionError, match="train_tokens was 4096, now 128"):
+        drive(run(train_tokens=128))
 
 
 def test_figures(table):

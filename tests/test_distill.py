@@ -460,6 +460,14 @@ def test_what_is_not_part_of_the_loss_is_not_zero_but_missing(tiny):
     assert note.startswith("loss ") and "hidden" in note and "kl" not in note
 
 
+def test_a_tracker_that_is_not_there_is_an_error(tiny):
+    student, teacher = pair(tiny)
+    before = weights(student)
+    with pytest.warns(UserWarning), pytest.raises(DistillError, match="comet_ml"):
+        distill(student, teacher, rows(), replace(BASE, tracker="comet_ml"), gap=2)
+    assert same(weights(student), before)
+
+
 def test_a_layer_that_nothing_reaches_is_refused(tiny, tmp_path):
     student, teacher = pair(tiny)
     config = replace(BASE, scope="suffix", kl_weight=0.0, hidden_at=(3,))

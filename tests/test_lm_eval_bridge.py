@@ -74,7 +74,8 @@ def test_rolling_log_likelihood_and_generation_equal_hflm(teacher):
     assert ours.generate_until(asked)[0].strip() == theirs.generate_until(asked, disable_tqdm=True)[0].strip()
 
 
-def test_shipped_yaml_gives_our_scores_under_plain_hflm(stack, teacher):
+def test_shipped_yaml_gives_our_scores_under_plain_hflm(teacher):
+    stack = LayerStack(teacher.model)  # a random model scores 0 in most tasks, and 0 = 0 shows nothing
     names = ["knowledge", "commonsense", "grammar", "cloze", "copy_paragraph", "copy_document", "summary"]
     suite = load_suite("mini7", limit=2)
     ours = score_suite(stack, teacher.tokenizer, suite)
@@ -85,21 +86,30 @@ def test_shipped_yaml_gives_our_scores_under_plain_hflm(stack, teacher):
         bootstrap_iters=0,
         task_manager=_manager(),
     )["results"]
+    scores = []
     for name in names:
         task, theirs = ours.tasks[name], found[f"mini7_{name}"]
         measures = {task.measure: task.score, **task.others}
         pairs = {"accuracy_raw": "acc", "accuracy_bytes": "acc_bytes", "exact": "acc"}
-        compared = [(measures[m], theirs[f"{lm},none"]) for m, lm in pairs.items() if m in measures]
+        compared = [
+            (measures[m], theirs[f"{lm},none"])
+            for m, lm in pairs.items()
+            if m in measures and f"{lm},none" in theirs
+        ]
         assert compared
+        # The measure that decides is the one that lm-eval has too; of copying it has the exact answers alone.
+        assert name.startswith("copy") or compared[0][0] == task.score
         for mine, their in compared:
-            assert mine == pytest.approx(their, abs=1e-6)
+            assert mine == pytest.approx(their, abs=1e-6), name
+        scores += [mine for mine, _ in compared]
+    assert sum(0 < score for score in scores) >= 5
 
 
 def test_lm_eval_tasks_are_suites(stack, teacher, tmp_path):
     suite = load_suite("lm-eval:mini7_knowledge,mini7_cloze", limit=5)
     found = score_suite(stack, teacher.tokenizer, suite, cache=tmp_path)
     ours = score_suite(stack, teacher.tokenizer, load_suite("mini7", limit=5))
-    assert found.tasks["mini7_knowledge"].others["acc"] == ours.tasks["knowledge"].score
+    assert found.tasks["mini7_knowledge"].score == ours.tasks["knowledge"].score
     assert found.tasks["mini7_knowledge"].chance == 0.25
     assert found.tasks["mini7_cloze"].score == ours.tasks["cloze"].score
     assert len(list(tmp_path.glob("*.json"))) == 1

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ildlab.diagnose import diagnose
-from ildlab.errors import DistillError, ExportError, JournalError, SessionError, TextError
-from ildlab.history import history_table
+from ildlab.errors import DistillError, ExportError, JournalError, MeasureError, SessionError, TextError
+from ildlab.history import history_table, task_table
 from ildlab.loop import next_phase
 from ildlab.session import PruningSession, SessionConfig
 
@@ -202,6 +202,42 @@ def test_max_loss_undoes_the_step(make):
     count = len(session.steps)
     session.run(target_layers=2, max_loss=0.0001, distill=False)
     assert len(session.steps) == count
+
+
+def test_the_aggregate_decides_where_there_is_a_suite(make, monkeypatch):
+    """Perplexity says that all is lost, the aggregate that nothing is: the run goes on; and the other way round."""
+    import ildlab.evaluation as evaluation
+
+    for loss, kept in ((0.0, 1), (0.9, 0)):
+        said = evaluation.Estimate(loss, loss, loss)
+        monkeypatch.setattr(evaluation, "quality_loss", lambda *_, said=said, **__: said)
+        session = make(f"run{kept}", suite="mini7@1", metric="block_influence")
+        session.run(target_layers=5, max_loss=0.5 if kept else 0.89, distill=False)
+        assert len(session.removed) == kept
+        found = next(s.result for s in session.steps[::-1] if s.action == "evaluate")
+        by_text = 1 - found["evaluation"]["teacher_perplexity"] / found["evaluation"]["perplexity"]
+        assert found["loss"] == loss != by_text
+
+
+def test_canaries_and_tasks_are_in_the_tables(make):
+    session = make(suite="mini7@1", metric="block_influence")
+    session.run(target_layers=5)
+    table = session.history()
+    names = ["canary_copying", "canary_arithmetic", "canary_brackets"]
+    assert table[names].notna().all().all() and table["loss"].notna().all()
+    tasks = task_table(session)
+    assert set(tasks.index.get_level_values("of")) == {"suite", "canaries"}
+    assert tasks.loc[("canaries", "copying"), "teacher"] == table["canary_copying"].iloc[0]
+    assert {"teacher", "pruned", "student", "pruned - teacher", "student - teacher"} <= set(tasks.columns)
+    assert tasks.loc["suite"]["pruned"].isna().all()  # the loop scores tasks at the end of an iteration
+    session.measure("task", suite="mini7@1", race=True)  # whatever the run's own metric inherits
+    with pytest.raises(MeasureError, match="positions"):
+        session.measure("task", suite="mini7@1", positions=8)
+
+
+def test_task_as_metric_of_a_run_that_samples_positions(make):
+    session = make(measure={"positions": 8, "race": True}, suite="mini7@1")
+    assert session.measure("task").metric == "task"
 
 
 def test_phases_follow_what_a_person_did(make):

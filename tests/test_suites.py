@@ -11,6 +11,7 @@ from ildlab.aggregate import SuiteResult, TaskResult, compare, quality_loss
 from ildlab.errors import MeasureError, SuiteError
 from ildlab.stack import LayerStack
 from ildlab.suites import Suite, load_suite, model_fingerprint, score_suite
+from ildlab.tasks import Task
 
 
 @pytest.fixture(scope="module")
@@ -209,21 +210,65 @@ def load_yaml(name):
     return yaml.safe_load((data_dir() / "suites" / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def test_hub_out_of_reach_says_what_to_do(tmp_path):
+def test_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "s.yaml").write_text(
         "tasks: [{name: a, kind: cloze, hub: {path: nobody/nothing, split: test}, "
         "fields: {context: '{a}', continuation: '{b}'}}]"
     )
     with pytest.raises(SuiteError, match="nobody/nothing.*is not in"):
         load_suite(tmp_path / "s.yaml", hub_root=tmp_path)
+    monkeypatch.setenv("ILDLAB_HUB_ROOT", str(tmp_path))
+    with pytest.raises(SuiteError, match="nobody/nothing.*is not in"):
+        load_suite(tmp_path / "s.yaml")
+    monkeypatch.delenv("ILDLAB_HUB_ROOT")
+    import datasets
+
+    def offline(*_, **__):
+        raise ConnectionError  # with no message at all
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(SuiteError, match="(?s)could not be loaded: ConnectionError.*hub_root"):
+        load_suite(tmp_path / "s.yaml")
+
+
+def test_contexts_that_do_not_fit_are_reported(tiny, teacher):
+    stack = LayerStack(tiny(3, vocab=len(teacher.tokenizer)))  # a window of 256 tokens
+    rows = ({"context": "word " * 400, "continuation": "end"}, {"context": "word", "continuation": "end"})
+    found = score_suite(stack, teacher.tokenizer, Suite("long", (Task("far", "cloze", rows),)))
+    assert found.tasks["far"].truncated == 1
+    assert found.notes == ["far: 1 contexts were cut from the left to 256 tokens."]
+
+
+def test_a_smaller_suite_keeps_its_few_shot_examples():
+    rows = tuple(
+        {"context": f"{n} and 1 is", "continuation": str(n + 1), "group": "ab"[n % 2]} for n in range(8)
+    )
+    task = Task("sums", "cloze", rows, fewshot=3)
+    small = task.take(1)
+    assert small.prompt(0, "x") == task.prompt(0, "x") and small.prompt(0, "x").count("\n\n") == 3
+    with pytest.raises(SuiteError, match="only 3 examples"):  # of its group, itself aside
+        Task("sums", "cloze", rows, fewshot=4)
+
+
+def test_a_teacher_that_can_do_nothing_is_an_error():
+    zero = SuiteResult("s", "f", {"t": TaskResult("t", "cloze", "exact", [0.0, 0.0])})
+    with pytest.raises(SuiteError, match="no quality to lose"):
+        quality_loss(zero, zero)
 
 
 # -------------------------------------------------------- task ablation
 
 
 def test_task_ablation_equals_separate_runs_of_pruned_models(stack, teacher):
-    suite = load_suite("mini7", limit=2)
+    text = tuple(
+        {"text": f"The {word} stood by the river for a hundred years."} for word in ("mill", "old oak")
+    )
+    # Bits per byte are numbers of their own for each layer, where right and wrong may agree by luck.
+    bits = Task("text", "bits_per_byte", text, chance=24.0, direction="lower")
+    suite = Suite("both", (*load_suite("mini7", limit=2).tasks, bits))
     scores = measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
+    assert scores.table.score.nunique() == len(stack)
+    assert set(scores.details["truncated"]) == {task.name for task in suite.tasks}
     whole = score_suite(stack, teacher.tokenizer, suite)
     assert scores.details["whole"] == pytest.approx(whole.aggregate, abs=1e-12)
     for layer_id in stack.layer_ids:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,45 @@ def test_rolling_windows_score_every_token_once(teacher):
     assert all(len(w.context) + len(w.continuation) <= 5 for w in windows)
 
 
+def test_bits_per_byte_leaves_bos_out():
+    """A tokenizer that opens every text with BOS: given BOS, its probability is no part of the text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "one": 2, "two": 3}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
+    assert tokenizer.encode("one two") == [0, 2, 3]
+    (plain,) = encode_rolling(tokenizer, "one two", 8)
+    assert (plain.context, plain.continuation) == ((0,), (2, 3))
+    (as_lm_eval,) = encode_rolling(tokenizer, "one two", 8, special_tokens=True)
+    assert as_lm_eval.continuation == (0, 2, 3)
+
+
+def test_rows_longer_than_the_largest_tree_have_batches_of_their_own():
+    long = [Encoded(tuple(range(5, 35)), (3,))]
+    choices = [Encoded(tuple(range(40, 50)), (k, k + 1)) for k in (1, 2)]
+    for batch in make_batches([*long, *choices], [0, 1, 1], largest_tree=16):
+        assert ("attention_mask" in batch.inputs) == (batch.inputs["input_ids"].shape[1] <= 16)
+
+
+def test_sliding_windows_hold_for_rows_of_any_length(teacher):
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=16, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    stack = LayerStack(Gemma3ForCausalLM(config).eval().requires_grad_(False))
+    long = [Encoded(tuple(range(5, 45)), (3, 4))]
+    choices = [Encoded(tuple(range(60, 68)), (k, k + 1)) for k in (1, 2)]
+    outcomes = drive(score_steps(stack, [*long, *choices], [0, 1, 1]))
+    for one, ll in zip([*long, *choices], outcomes.loglikelihood):
+        assert oracle(stack, one)[0] == pytest.approx(ll, abs=1e-4)
+
+
 def test_measures_of_every_kind():
     choice = Task(
         "c", "multiple_choice", ({"query": "q", "choices": ["aaaa", "b"], "gold": 0},), normalise="bytes"
@@ -168,7 +208,7 @@ def test_few_shot_prompts_leave_out_the_row_itself():
     assert context == "Two and two make four\n\nThe sky is" and continuation == " blue"
     assert pairs(task, 1)[0][0] == "The sky is blue\n\nTwo and two make"
     options = {"context_options": ["Ann", "Bob"], "continuation": "left.", "gold": 1}
-    pair = Task("p", "minimal_pairs", (options, options), fewshot=1)
+    pair = Task("p", "minimal_pairs", (options, dict(options)), fewshot=1)
     assert pairs(pair, 0)[0] == ("Bob left.\n\nAnn", " left.")
 
 
@@ -196,6 +236,11 @@ def test_bad_files_name_file_and_line(tmp_path):
     file.write_text("\n")
     with pytest.raises(SuiteError, match="no examples"):
         read_jsonl(file)
+    file.write_text(
+        json.dumps({**ROWS[0], "query": "a line\u2028 another"}, ensure_ascii=False) + "\n{broken\n"
+    )
+    with pytest.raises(SuiteError, match="rows.jsonl line 2: not JSON"):  # the first is one row
+        read_jsonl(file)
     with pytest.raises(SuiteError, match="cannot be read"):
         read_jsonl(tmp_path / "absent.jsonl")
     with pytest.raises(SuiteError, match="no known kind"):
@@ -221,6 +266,8 @@ def test_plain_text_is_cut_into_passages(tmp_path):
         ({"rows": ()}, "no rows"),
         ({"fewshot": 3}, "only 2 examples"),
         ({"direction": "lower"}, "needs chance"),
+        ({"kind": "bits_per_byte", "rows": ({"text": "a"},)}, "fewer bits per byte are better"),
+        ({"kind": "cloze", "metric": "loglikelihood"}, "has no metric"),
     ],
 )
 def test_bad_tasks_say_what_is_wrong(changes, message):
@@ -229,7 +276,7 @@ def test_bad_tasks_say_what_is_wrong(changes, message):
 
 
 def test_generated_answers(teacher):
-    from ildlab.generation import chrf, cut, greedy_steps, rouge_l
+    from ildlab.generation import _Stopped, chrf, cut, greedy_steps, rouge_l
 
     stack = LayerStack(teacher.model)
     prompts = ["One, two, three,", "The capital of France is the city of"]
@@ -241,6 +288,10 @@ def test_generated_answers(teacher):
     )
     assert answers[0] == alone[0] == "four"  # padding of a batch changes nothing
     assert truncated == 0
+    fake = SimpleNamespace(batch_decode=lambda rows, **_: ["".join(map(chr, row)) for row in rows.tolist()])
+    rows = torch.tensor([[ord(c) for c in "p" + text] for text in ("\n\nyes\n", "yes\n\nx")])
+    # A blank line before the answer does not end it.
+    assert _Stopped(fake, ["\n\n"], 1)(rows, None).tolist() == [False, True]
     assert cut("\n\nyes\n\nno", ["\n\n"]) == "yes"
     assert chrf("a small cat", ["a small cat"]) == pytest.approx(1)
     assert rouge_l("кот спит", ["кот давно спит"]) == pytest.approx(0.8)

@@ -1,6 +1,6 @@
 """Compare ways to distill at equal tokens, on one pruned student: the table of docs/distillation.md.
 
-    python tools/try_distillation.py ../shared/heldout --tokens 16384
+    python tools/try_distillation.py ../shared/heldout --tokens 12288
 
 The same layers are removed each time; then one setting differs. Judged on the eval split of the training
 text and on the *first* half of WikiText-2's validation text (the second half judges what was chosen here): nats
@@ -27,7 +27,6 @@ from ildlab.stack import LayerStack
 BASE = dict(scope="suffix", hidden_weight=0.0, learning_rate=7e-4)
 WAYS = {
     "suffix, KL (base)": {},
-    "learning rate 3e-4": {"learning_rate": 3e-4},
     "KL + relative MSE": {"hidden_weight": 1.0},
     "KL + 0.5 CE": {"ce_weight": 0.5},
     "reverse KL": {"divergence": "reverse_kl"},
@@ -65,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("heldout", type=Path)
     parser.add_argument("--text", default="python-docs")
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=12_288)
     parser.add_argument("--removed", type=int, nargs="+", default=[25, 14, 17, 13, 16, 18])
     parser.add_argument("--ways", nargs="*", help="parts of the names of the ways to try; all by default")
     args = parser.parse_args()
