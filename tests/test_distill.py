@@ -460,6 +460,26 @@ def test_what_is_not_part_of_the_loss_is_not_zero_but_missing(tiny):
     assert note.startswith("loss ") and "hidden" in note and "kl" not in note
 
 
+def test_compiled_layers_train_alike_and_are_compiled_once(tiny, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    def compile_quickly(layer):  # as nn.Module.compile does, without the minutes of code generation
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_quickly)
+    plain = distill(*pair(tiny), rows(), BASE, gap=2).history
+    torch._dynamo.reset()
+    counters.clear()
+    student, teacher = pair(tiny)
+    losses, graphs = [], []
+    for progress in distill_steps(student, teacher, rows(), replace(BASE, compile=True), gap=2):
+        losses.append(progress.partial["loss"])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert losses == pytest.approx(plain.loss.tolist(), rel=1e-4)
+    assert 0 < graphs[0] == graphs[-1]  # nothing is compiled anew in later steps
+    assert all(layer._compiled_call_impl is None for layer in student.layers)
+
+
 def test_a_tracker_that_is_not_there_is_an_error(tiny):
     student, teacher = pair(tiny)
     before = weights(student)
