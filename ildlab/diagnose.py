@@ -125,7 +125,7 @@ def diagnose(
                         seen=f"distillation won back {max(won, 0):.0%} of the KL that the removal added "
                         f"({pruned:.3f} -> {after:.3f} nats a token).",
                         advice="The student lacks capacity, or the text is too little or too unlike what it is judged on: "
-                        "give more and more general text (text='teacher-samples'), train more layers (scope='suffix'), "
+                        "give more and more general text (text='teacher-samples'), train more layers (scope='all'), "
                         "or stop here.",
                     )
                 )

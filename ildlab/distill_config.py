@@ -22,7 +22,7 @@ class DistillConfig:
     `DistillConfig.paper()` is the published loss and scope to the letter.
     """
 
-    scope: str | Sequence[int] = "suffix"
+    scope: str | Sequence[int] = "window(2)"
     """Layers that train: "neighbours" (the one below and the one above each gap), "window(k)" (k on each
     side), "suffix" (all above the lowest gap, earlier removals' included), "suffix(k)" (and k below it),
     "all", or layer ids."""

@@ -600,7 +600,7 @@ def test_smollm2_heals(teacher, blocks):
     student.remove(20)
     config = DistillConfig(tokens=6 * 256, batch_size=4, learning_rate=4e-4)
     result = distill(student, whole, blocks.tokens[:4], config, gap=20)
-    assert result.trained == list(range(21, 30))
+    assert result.trained == [18, 19, 21, 22]
     assert result.history.kl.iloc[-1] < 0.85 * result.history.kl.iloc[0]
     assert math.isfinite(result.tokens_per_second)
 
