@@ -473,9 +473,9 @@ def test_real_model_one_iteration(teacher, tmp_path):
     )
     session.measure()
     session.remove()
-    pruned = session.evaluate(speed=False)
+    pruned = session.evaluate(speed=False, canaries=False)
     session.distill()
-    healed = session.evaluate(speed=False)
+    healed = session.evaluate(speed=False, canaries=False, undistilled=False)
     assert pruned.kl > 0.01
     assert healed.kl < pruned.kl
     ids = session.tokenizer("The sun", return_tensors="pt").input_ids
