@@ -264,6 +264,7 @@ def test_one_host_sync_a_batch(small, tokens, metric, monkeypatch):
 
 def test_two_processes_rank_as_one(tmp_path, tiny, tokens):
     """Two gloo processes under torchrun's variables give the scores of one process."""
+    ways = {"block_influence": {}, "nll": {"positions": 7}, "kl": {"race": True}}
     code = textwrap.dedent(
         """
         import json, os, sys, torch
@@ -271,42 +272,49 @@ def test_two_processes_rank_as_one(tmp_path, tiny, tokens):
         from transformers import LlamaForCausalLM
         from ildlab.scores import measure
         from ildlab.stack import LayerStack
-        folder = sys.argv[1]
+        folder, ways = sys.argv[1], json.loads(sys.argv[2])
         stack = LayerStack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
         tokens = torch.load(folder + "/tokens.pt")
-        out = {m: measure(stack, tokens, m, stack, batch_size=2, **o).to_dict()
-               for m, o in (("block_influence", {}), ("nll", {"positions": 7}), ("kl", {"race": True}))}
-        rank = os.environ.get("RANK", "one")
-        json.dump(out, open(f"{folder}/scores-{rank}.json", "w"))
+        out = {m: measure(stack, tokens, m, stack, batch_size=2, **o).to_dict() for m, o in ways.items()}
+        json.dump(out, open(f"{folder}/scores-{os.environ['RANK']}.json", "w"))
         """
     )
-    tiny(5).save_pretrained(tmp_path)
+    model = tiny(5)
+    model.save_pretrained(tmp_path)
     torch.save(tokens, tmp_path / "tokens.pt")
     script = tmp_path / "job.py"
     script.write_text(code)
-    base = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranked = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "LOCAL_WORLD_SIZE": "2",
     }
-    runs = [base] + [{**base, **ranked, "RANK": str(r), "LOCAL_RANK": str(r)} for r in (0, 1)]
     jobs = [
-        subprocess.Popen([sys.executable, script, tmp_path], env=env, stderr=subprocess.PIPE) for env in runs
+        subprocess.Popen(
+            [sys.executable, script, tmp_path, json.dumps(ways)],
+            env={**ranked, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
     ]
+    stack = LayerStack(model)
+    one = {m: measure(stack, tokens, m, stack, batch_size=2, **o) for m, o in ways.items()}
     for job in jobs:
         _, errors = job.communicate(timeout=120)
         assert job.returncode == 0, errors.decode()[-3000:]
-    one, first, second = (
+    first, second = (
         {
             m: LayerScores.from_dict(v)
-            for m, v in json.loads((tmp_path / f"scores-{r}.json").read_text()).items()
+            for m, v in json.loads((tmp_path / f"scores-{rank}.json").read_text()).items()
         }
-        for r in ("one", 0, 1)
+        for rank in (0, 1)
     )
     for metric in ("block_influence", "nll"):
         np.testing.assert_allclose(first[metric].per_sequence, one[metric].per_sequence, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -410,45 +409,58 @@ def test_export_refuses_a_checkpoint_that_is_not_the_student(make, tmp_path, mon
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".out")]
 
 
-WORKER = """
-import sys
+KILLER = """
+import json, os, signal, sys
+import accelerate, transformers.models.llama  # once, for all children
 from ildlab.session import PruningSession
-folder = sys.argv[1]
-session = PruningSession.open(folder, dtype="float32")
-for progress in session.run_steps(target_layers=4):
-    print(progress.note, flush=True)
-print("END", flush=True)
+
+for folder, phase, times in json.loads(sys.argv[1]):
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        session = PruningSession.open(folder, dtype="float32")
+        for progress in session.run_steps(target_layers=4):
+            os.write(into, (progress.note + chr(10)).encode())
+        os._exit(0)
+    os.close(into)
+    for line in os.fdopen(out):  # the child goes on meanwhile: it dies wherever it is
+        # The second iteration: there is something to lose by then.
+        times -= f"5 layers: {phase}" in line
+        if not times:
+            os.kill(child, signal.SIGKILL)
+            break
+    status = os.waitpid(child, 0)[1]
+    print(phase, "killed" if os.WIFSIGNALED(status) else "ended", flush=True)
 """
 
 
-@pytest.mark.parametrize("phase", ["measure", "evaluate removal", "distill", "evaluate"])
-def test_sigkill_in_each_phase(make, phase):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_sigkill_in_each_phase(make):
     """A killed process loses the step in hand; the run ends as an unbroken one does."""
     session = make("unbroken")
     session.run(target_layers=4)
-    victim = make("victim")
-    victim.close()
-
-    command = [sys.executable, "-c", WORKER, str(victim.folder)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    phases = {"measure": 1, "evaluate removal": 1, "distill": 3, "evaluate": 1}
+    folders = {}
+    for phase in phases:
+        victim = make(phase)
+        victim.close()
+        folders[phase] = victim.folder
+    plan = json.dumps([(str(folders[phase]), phase, times) for phase, times in phases.items()])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, plan],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
     )
-    seen = 0
-    for line in process.stdout:
-        # The second iteration: there is something to lose by then.
-        seen += f"5 layers: {phase}" in line
-        if seen == (3 if phase == "distill" else 1):
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-    steps = len((victim.folder / "journal.jsonl").read_text().splitlines())
-
-    again = PruningSession.open(victim.folder, dtype="float32")
-    assert len(again.steps) == steps  # every whole step is there
-    again.run()  # goes on with the earlier settings
-    assert again.removed == session.removed
-    again.close()
+    assert done.stdout.split("\n")[:-1] == [f"{phase} killed" for phase in phases], done.stderr[-3000:]
+    for folder in folders.values():
+        steps = len((folder / "journal.jsonl").read_text().splitlines())
+        again = PruningSession.open(folder, dtype="float32")
+        assert len(again.steps) == steps  # every whole step is there
+        again.run()  # goes on with the earlier settings
+        assert again.removed == session.removed
+        again.close()
 
 
 def test_settings_survive(make):
