@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,15 @@ def _load(name: str, hub_root) -> Any:
                 f"There is no suite {name!r}. Those that ship: {known}. Or give a .yaml file, "
                 "'file:rows.jsonl', or 'lm-eval:task,task'."
             )
+        if hub_root is None:
+            return _shipped(path)
     return _from_yaml(path, hub_root)
+
+
+@cache
+def _shipped(path: Path) -> Suite:
+    # Its files do not change, and a session asks for its suite at every evaluation.
+    return _from_yaml(path, None)
 
 
 def _defaults(kind: str, rows: Sequence[dict]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -301,10 +300,9 @@ def tokenizer_fingerprint(tokenizer) -> str:
     digest = hashlib.sha256(type(tokenizer).__name__.encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        # What the latest call asked for, such as padding, is kept in the tokenizer and is not part of it.
-        state = json.loads(backend.to_str())
-        state["padding"] = state["truncation"] = None
-        digest.update(json.dumps(state, sort_keys=True).encode())
+        # What the latest call asked for (padding, truncation) stands before the rest and is not part of it.
+        state = backend.to_str()
+        digest.update(state[state.index(',"added_tokens":') :].encode())
     else:
         digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(repr((tokenizer.bos_token_id, tokenizer.eos_token_id)).encode())

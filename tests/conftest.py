@@ -58,6 +58,15 @@ def tiny():
     return make
 
 
+@pytest.fixture
+def short_speed(monkeypatch):
+    """Generation is timed over a few tokens: what it gives is not what is tested."""
+    from ildlab import generation
+
+    real = generation.generation_speed
+    monkeypatch.setattr(generation, "generation_speed", lambda *a: real(*a, new_tokens=2, rounds=1))
+
+
 @pytest.fixture(scope="session")
 def blocks(teacher):
     """A few real token blocks [16, 64] of Python's docs (calibration split)."""

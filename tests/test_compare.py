@@ -11,6 +11,8 @@ from ildlab.models import LoadedModel
 from ildlab.progress import drive
 from ildlab.session import PruningSession
 
+pytestmark = pytest.mark.usefixtures("short_speed")
+
 SETTINGS = {
     "suite": "mini7@1", "block": 16, "calibration_tokens": 64, "train_tokens": 64, "eval_tokens": 64,
     "weights_dtype": "float32", "evaluate_every": 2,

@@ -84,7 +84,7 @@ def test_shipped_yaml_gives_our_scores_under_plain_hflm(teacher):
         tasks=["mini7"],
         limit=2,
         bootstrap_iters=0,
-        task_manager=_manager(),
+        task_manager=_manager(["mini7"]),
     )["results"]
     scores = []
     for name in names:

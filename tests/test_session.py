@@ -18,6 +18,8 @@ from ildlab.history import history_table, task_table
 from ildlab.loop import next_phase
 from ildlab.session import PruningSession, SessionConfig
 
+pytestmark = pytest.mark.usefixtures("short_speed")
+
 SETTINGS = {
     "block": 32,
     "calibration_tokens": 8 * 32,

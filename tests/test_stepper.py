@@ -18,6 +18,8 @@ from ildlab.stepper_figures import FIGURES
 from ildlab.stepper_strip import shade
 from ildlab.stepper_worker import Worker
 
+pytestmark = pytest.mark.usefixtures("short_speed")
+
 
 @pytest.fixture
 def session(tmp_path, tiny_folder, text_file):
