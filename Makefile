@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 		[ -n "$(PYTHON)" ] || { echo "ildlab needs Python 3.11 or newer, and found none: make PYTHON=/path/to/python ..."; exit 1; }; \
 		$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No virtual environment could be made (on Debian: apt-get install python3-venv)."; exit 1; }; \
 	fi
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(MODEL): | $(STAMP)

@@ -29,8 +29,8 @@ folder = Path("run")
 if (folder / "config.json").exists():
     session = PruningSession.open(folder)
 else:
-    session = PruningSession.create(folder, "smollm2-135m", block=64, calibration_tokens=256,
-                                    train_tokens=1024, eval_tokens=128, metric="block_influence",
+    session = PruningSession.create(folder, "smollm2-135m", block=32, calibration_tokens=128,
+                                    train_tokens=512, eval_tokens=128, metric="block_influence",
                                     distill={"kl_positions": 8, "batch_size": 2, "scope": "neighbours"})
 Stepper(session)""",
     "import time; time.sleep(2); print('second cell', 'ran')",
