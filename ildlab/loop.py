@@ -71,6 +71,9 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
             work = session.evaluate_steps(settings.suite if ends else False, speed=ends, undistilled=ends)
             found = yield from relabel(work, name, (done, total))
             note = f"{left} layers: perplexity {found.perplexity:.2f}, KL {found.kl:.4f}"
+            bare = session.steps[-1].result["undistilled"]
+            if bare:
+                note += f" (never distilled: {bare['perplexity']:.2f}, {bare['kl']:.4f})"
             if found.aggregate is not None:
                 note += f", aggregate {found.aggregate:.3f} (quality loss {found.quality_loss:+.1%})"
             yield Progress(done, total, note, found, "result")

@@ -57,7 +57,17 @@ def same(one, other) -> bool:
 def test_whole_run(make):
     session = make()
     teacher = logits(session.teacher, session.tokenizer)
-    table = session.run(target_layers=4)
+    work, notes = session.run_steps(target_layers=4), []
+    try:
+        while True:
+            notes.append(next(work).note)
+    except StopIteration as stop:
+        table = stop.value
+    with_and_without = [note for note in notes if "never distilled:" in note]
+    assert len(with_and_without) == 2  # one a distilled iteration
+    for note, (_, row) in zip(with_and_without, table.iloc[1:].iterrows()):
+        assert f"perplexity {row['perplexity']:.2f}, KL {row['kl']:.4f}" in note
+        assert f"(never distilled: {row['perplexity_undistilled']:.2f}, {row['kl_undistilled']:.4f})" in note
     assert len(session.student) == 4 and len(session.removed) == 2
     assert [s.action for s in session.steps] == ["create", "run", "evaluate"] + 2 * [
         "measure", "remove", "evaluate", "distill", "evaluate",
