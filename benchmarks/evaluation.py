@@ -25,9 +25,9 @@ def bench() -> list[dict]:
     ]
 
 
-def _clock(work) -> tuple[float, object]:
+def _clock(work, *args, **options) -> tuple[float, object]:
     start = time.perf_counter()
-    result = work()
+    result = work(*args, **options)
     return time.perf_counter() - start, result
 
 
@@ -49,8 +49,8 @@ def _throughput(stack, tokenizer, examples: int = 60) -> dict:
     theirs = HFLM(pretrained=stack.model, tokenizer=tokenizer, batch_size=16)
     ours.loglikelihood(requests[:8])  # warm up
     theirs.loglikelihood(requests[:8], disable_tqdm=True)
-    mine, a = _clock(lambda: ours.loglikelihood(requests))
-    their, b = _clock(lambda: theirs.loglikelihood(requests, disable_tqdm=True))
+    mine, a = _clock(ours.loglikelihood, requests)
+    their, b = _clock(theirs.loglikelihood, requests, disable_tqdm=True)
     apart = max(abs(x[0] - y[0]) for x, y in zip(a, b))
     return {
         "name": f"throughput on {name} / HFLM's",
@@ -65,20 +65,29 @@ def _ablation(stack, tokenizer) -> list[dict]:
     from ildlab.suites import load_suite, score_suite
 
     small = load_suite("mini7@4")
-    swept, scores = _clock(lambda: measure(stack, None, "task", suite=small, tokenizer=tokenizer))
     whole = score_suite(stack, tokenizer, small).aggregate
-    apart, separate = 0.0, 0.0
-    for layer_id in stack.layer_ids:
-        with stack.without(layer_id):
-            seconds, found = _clock(lambda: score_suite(stack, tokenizer, small))
-        separate += seconds
-        apart = max(apart, abs(scores.table.score[layer_id] - (whole - found.aggregate)))
+    drops, separate = {}, 0.0
+
+    def alone(layer_ids) -> None:
+        nonlocal separate
+        for layer_id in layer_ids:
+            pruned = stack.share()
+            pruned.remove(layer_id)
+            seconds, found = _clock(score_suite, pruned, tokenizer, small)
+            separate += seconds
+            drops[layer_id] = whole - found.aggregate
+
+    # Half of them before the sweep and half after it, so that a machine whose speed drifts treats both alike.
+    alone(stack.layer_ids[::2])
+    swept, scores = _clock(measure, stack, None, "task", suite=small, tokenizer=tokenizer)
+    alone(stack.layer_ids[1::2])
+    apart = max(abs(scores.table.score[layer_id] - drop) for layer_id, drop in drops.items())
     large = load_suite("mini7@24")
-    raced, race = _clock(lambda: measure(stack, None, "task", suite=large, tokenizer=tokenizer, race=True))
+    raced, race = _clock(measure, stack, None, "task", suite=large, tokenizer=tokenizer, race=True)
     some = []
     for layer_id in (3, 15, 27):
         with stack.without(layer_id):
-            some.append(_clock(lambda: score_suite(stack, tokenizer, large))[0])
+            some.append(_clock(score_suite, stack, tokenizer, large)[0])
     thirty = len(stack) * float(np.mean(some))
     left = int((race.table.n == race.table.n.max()).sum())
     return [
@@ -101,7 +110,7 @@ def _ablation(stack, tokenizer) -> list[dict]:
 def _mini7(stack, tokenizer) -> dict:
     from ildlab.suites import score_suite
 
-    seconds, found = _clock(lambda: score_suite(stack, tokenizer, "mini7"))
+    seconds, found = _clock(score_suite, stack, tokenizer, "mini7")
     return {
         "name": "mini7 on the teacher / 90 s",
         "ratio": seconds / 90,

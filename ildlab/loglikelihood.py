@@ -25,7 +25,7 @@ from .progress import Progress
 from .stack import LayerStack
 
 ENGINE = 2  # raise it when scoring changes, so that kept results are not mistaken for today's
-HEAD_CHUNK = 256  # positions whose logits exist at one time
+HEAD_CHUNK = 384  # at most so many positions have their logits at one time
 
 
 @dataclass
@@ -170,12 +170,16 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
     best = torch.empty(len(wanted), dtype=torch.long, device=hidden.device)
     gold = torch.empty(len(batch.which), dtype=torch.float32, device=hidden.device)
     which, target = batch.which.to(hidden.device), batch.target.to(hidden.device)
-    for start in range(0, len(wanted), HEAD_CHUNK):
-        logits = stack.logits(wanted[start : start + HEAD_CHUNK]).float()
-        total[start : start + len(logits)] = torch.logsumexp(logits, -1)
-        best[start : start + len(logits)] = logits.argmax(-1)
-        here = (which >= start) & (which < start + len(logits))
+    parts = -(-len(wanted) // HEAD_CHUNK) or 1
+    size = -(-len(wanted) // parts) or 1  # even parts: a few last positions would cost as much as many
+    for start in range(0, len(wanted), size):
+        logits = stack.logits(wanted[start : start + size]).float()
+        part = slice(start, start + len(logits))
+        here = (which >= start) & (which < part.stop)
         gold[here] = logits[which[here] - start, target[here]]
+        top, best[part] = logits.max(-1)
+        # log-sum-exp in place: on a CPU, fresh memory for a vocabulary's numbers is slow.
+        total[part] = logits.sub_(top[:, None]).exp_().sum(-1).log_().add_(top)
     scored = (gold.double() - total[which].double()).cpu().numpy()
     hit = (best[which] == target).cpu().numpy()
     count = len(batch.requests)

@@ -7,6 +7,7 @@ head is computed at continuation positions alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ def task_steps(
     MeasureError
         No tokenizer, or a task that has to generate text.
     """
+    started = time.perf_counter()
     if tokenizer is None:
         raise MeasureError("The metric 'task' needs the tokenizer: pass tokenizer=loaded.tokenizer.")
     suite = load_suite(suite, limit=limit)
@@ -103,7 +105,7 @@ def task_steps(
             "whole": float(job.weights[seen] @ job.whole[seen] / job.weights[seen].sum()),
             "layer_passes": job.passes / max(job.tokens, 1), "dropped": dropped, "truncated": plan.truncated,
         }  # fmt: skip
-        scores = _scores(job, suite, seen, confidence, details)
+        scores = _scores(job, suite, seen, confidence, details, time.perf_counter() - started)
         if not race:
             break
         gone = leavers(job, seen, alive, confidence)
@@ -192,11 +194,13 @@ def _parts(plan, rng: np.random.Generator) -> list[np.ndarray]:
     return [np.sort(np.concatenate(part)) for part in parts if any(len(piece) for piece in part)]
 
 
-def _scores(job: _Sweep, suite, seen: np.ndarray, confidence: float, details: dict) -> LayerScores:
+def _scores(
+    job: _Sweep, suite, seen: np.ndarray, confidence: float, details: dict, seconds: float
+) -> LayerScores:
     drop = job.whole[:, None] - job.without
     return LayerScores.from_samples(
         "task", f"suite {suite.name}, {int(seen.sum())} examples", job.layer_ids, drop[seen], job.weights[seen],
-        confidence=confidence, details=details,
+        seconds=seconds, confidence=confidence, details=details,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Suites, aggregates, quality loss, kept results, and the ablation of a suite's score."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -266,7 +267,10 @@ def test_task_ablation_equals_separate_runs_of_pruned_models(stack, teacher):
     # Bits per byte are numbers of their own for each layer, where right and wrong may agree by luck.
     bits = Task("text", "bits_per_byte", text, chance=24.0, direction="lower")
     suite = Suite("both", (*load_suite("mini7", limit=2).tasks, bits))
+    started = time.perf_counter()
     scores = measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
+    took = time.perf_counter() - started
+    assert took / 2 < scores.seconds < took  # the work, not the arithmetic at its end
     assert scores.table.score.nunique() == len(stack)
     assert set(scores.details["truncated"]) == {task.name for task in suite.tasks}
     whole = score_suite(stack, teacher.tokenizer, suite)
