@@ -105,7 +105,7 @@ def evaluate_steps(
         seen = sums[:done].sum(0)
         note = f"perplexity {math.exp(seen[1] / max(seen[0], 1)):.2f}, KL {seen[3] / max(seen[0], 1):.4f}"
         yield Progress(done, tokens.shape[0], f"text: {note}")
-    count, nll, teacher_nll, kl, same = sums.sum(0)
+    count, nll, teacher_nll, kl, same = sums.sum(0).tolist()
     low, high = _bootstrap_ratio(sums[:, 3], sums[:, 0], seed)
 
     rate = teacher_rate = None

@@ -5,7 +5,8 @@
 One full ablation is run. Then the race's rule is replayed on its values over many orders of the examples: printed
 are how much more aggregate its choice costs than the best layer's, and the share of (layer, example) pairs it
 scored. With `--separate N`, the race is run too, and every Nth layer is removed from a copy that is evaluated on its
-own: their scores are compared, and their time stands for that of all layers (N = 1 runs all of them).
+own: their scores are compared, and their time stands for that of all layers (N = 1 runs all of them). Half of them
+run before the sweep and half after it, so that a machine whose speed drifts treats both alike.
 """
 
 from __future__ import annotations
@@ -44,20 +45,14 @@ def clock(work, *args, **options):
     return time.perf_counter() - start, found
 
 
-def separate(student: LayerStack, tokenizer, suite, scores, every: int) -> float:
-    """Evaluate really pruned models, print how far their scores are from the sweep's; returns the time of all."""
-    whole = score_suite(student, tokenizer, suite).aggregate
-    apart, seconds, layers = 0.0, 0.0, student.layer_ids[::every]
+def separate(student: LayerStack, tokenizer, suite, layers, found: dict[int, tuple[float, float]]) -> None:
+    """Evaluate really pruned models; fills in {layer: (seconds, aggregate)}."""
     for layer_id in layers:
         pruned = student.share()
         pruned.remove(layer_id)
-        taken, found = clock(score_suite, pruned, tokenizer, suite)
-        seconds += taken
-        apart = max(apart, abs(scores.table["score"][layer_id] - (whole - found.aggregate)))
-        print(
-            f"really without {layer_id}: {taken:.0f} s; scores at most {apart:.1e} apart so far", flush=True
-        )
-    return seconds * len(student) / len(layers)
+        seconds, result = clock(score_suite, pruned, tokenizer, suite, show=False)
+        found[layer_id] = seconds, result.aggregate
+        print(f"really without {layer_id}: {seconds:.1f} s, aggregate {result.aggregate:.4f}", flush=True)
 
 
 def main() -> None:
@@ -71,8 +66,9 @@ def main() -> None:
     parser.add_argument(
         "--separate", type=int, metavar="N", help="evaluate every Nth pruned model on its own"
     )
+    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    loaded = load_model("smollm2-135m", dtype="float32")
+    loaded = load_model("smollm2-135m", dtype=args.dtype)
     student = LayerStack(loaded.model)
     for layer_id in args.remove:
         student.remove(layer_id)
@@ -86,6 +82,9 @@ def main() -> None:
 
     task_ablation._Sweep = Kept
     ask = {"suite": load_suite(args.suite), "tokenizer": loaded.tokenizer, "show": False}
+    alone: dict[int, tuple[float, float]] = {}
+    chosen = student.layer_ids[:: args.separate] if args.separate else []
+    separate(student, loaded.tokenizer, ask["suite"], chosen[::2], alone)
     scores = measure(student, None, "task", **ask)
     print(f"full ablation: {scores.seconds:.0f} s; least important {scores.ranking[:6]}")
     print(scores.table["score"].round(4).to_dict(), flush=True)
@@ -107,9 +106,12 @@ def main() -> None:
             f"race: {raced:.0f} s; least important {race.least_important}; {race.details['stopped']}",
             flush=True,
         )
-        alone = separate(student, loaded.tokenizer, ask["suite"], scores, args.separate)
-        print(f"{len(student)} separate evaluations: {alone:.0f} s")
-        print(f"sweep / separate {scores.seconds / alone:.3f}, race / separate {raced / alone:.3f}")
+        separate(student, loaded.tokenizer, ask["suite"], chosen[1::2], alone)
+        whole = score_suite(student, loaded.tokenizer, ask["suite"], show=False).aggregate
+        apart = max(abs(scores.table["score"][i] - (whole - found)) for i, (_, found) in alone.items())
+        every = float(np.mean([seconds for seconds, _ in alone.values()])) * len(student)
+        print(f"{len(student)} separate evaluations: {every:.0f} s, {len(alone)} of them run; scores {apart:.1e} apart")
+        print(f"sweep / separate {scores.seconds / every:.3f}, race / separate {raced / every:.3f}")
 
 
 if __name__ == "__main__":
