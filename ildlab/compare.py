@@ -89,7 +89,8 @@ def compare_steps(
     ablation : str
         Metric of the ablation methods: `"kl"`, `"nll"`, or `"task"` (the paper's: the suite itself).
     ablation_options : dict, optional
-        For `measure`, such as `{"race": True, "positions": 32}`.
+        For `measure`, such as `{"race": True, "positions": 32}`; with `"task"` also a `"suite"` other than that
+        of the curve, such as a part of it.
     **settings
         Fields of `SessionConfig`: text, tokens, distill, seed, ...
 
@@ -121,7 +122,7 @@ def compare_steps(
         method = METHODS[name]
         metric, options = (ablation, ablation_options or {}) if method.ablation else ("block_influence", {})
         if metric == "task":
-            options = {**options, "suite": suite}
+            options = {"suite": suite, **options}
         own = folder / name
         wanted = {"metric": metric, "measure": options, "suite": suite, **settings}
         if (own / "config.json").exists():

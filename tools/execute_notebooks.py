@@ -1,15 +1,19 @@
 """Execute notebooks in place as they are committed: real outputs, no widget state, no run left over.
 
-`python tools/execute_notebooks.py notebooks/01_step_through_pruning.ipynb ...`
+    python tools/execute_notebooks.py notebooks/01_step_through_pruning.ipynb ...
+    python tools/execute_notebooks.py notebooks/batch/compare_methods.ipynb --folder /tmp/compare
+
+With `--folder` they run there, and their runs stay: a long one that was stopped goes on where it stood.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import io
 import re
-import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
@@ -17,11 +21,11 @@ from nbclient import NotebookClient
 from PIL import Image
 
 
-def execute(path: Path) -> None:
-    """Run a notebook in an empty folder, strip what belongs to one machine or session, write it back."""
+def execute(path: Path, folder: Path | None = None) -> None:
+    """Run a notebook in a folder (an empty one), strip what belongs to one machine or session, write it back."""
     notebook = nbformat.read(path, 4)
-    with tempfile.TemporaryDirectory() as scratch:
-        NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": scratch}}).execute()
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as where:
+        NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(where)}}).execute()
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -59,5 +63,13 @@ def is_only_widget(output) -> bool:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        execute(Path(name))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("notebooks", type=Path, nargs="+")
+    parser.add_argument("--folder", type=Path, help="where they run; by default each in an empty folder")
+    args = parser.parse_args()
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    for name in args.notebooks:
+        execute(name, args.folder)

@@ -15,7 +15,8 @@ def test_papermill_runs_it(tiny_folder, text_file, tmp_path):
     parameters = {
         "model": str(tiny_folder),
         "text": str(text_file),
-        "suite": "mini7@1",
+        "suite": "mini7@2",
+        "ablation_suite": "mini7@1",
         "methods": ["iterative_block_influence", "iterative_layerwise_distillation"],
         "remove": 1,
         "evaluate_every": 1,
