@@ -22,7 +22,8 @@ from .evaluation import Evaluation
 from .history import canary_scores
 from .models import LoadedModel
 from .progress import Progress
-from .session import PruningSession, SessionConfig
+from .session import PruningSession
+from .session_config import SessionConfig
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,13 @@ class Evaluation:
             rows.append((label, f"{found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}]", ""))
         return rows
 
+    def __str__(self) -> str:
+        rows = [("", "student", "teacher"), *self.summary()]
+        first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+        return "\n".join(
+            f"{what:<{first}}  {mine:>{second}}  {theirs}".rstrip() for what, mine, theirs in rows
+        )
+
     def _repr_html_(self) -> str:
         body = "".join(
             "<tr>"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .distill_config import DistillConfig
 from .errors import SessionError
 from .progress import Progress, relabel
+from .suites import load_suite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,6 +152,8 @@ def _checked(session: PruningSession, settings: RunSettings) -> tuple[RunSetting
         if goal is None:
             raise SessionError("A final distillation follows when target_layers is reached: give it.")
         _final_config(session, settings.final).check()
+    if settings.suite is not None:
+        load_suite(settings.suite)
     if limit is not None and not 0 < limit < 1:
         raise SessionError(f"max_loss is {limit}: it is a share of the teacher's quality, between 0 and 1.")
     return settings, resuming

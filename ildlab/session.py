@@ -8,12 +8,11 @@ last checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,59 +28,12 @@ from .loop import RunSettings, run_steps
 from .models import LoadedModel, load_model
 from .progress import Progress, drive, relabel
 from .scores import LayerScores, measure_steps
+from .session_config import SessionConfig, fingerprint
 from .stack import LayerStack
 from .text import TextBlocks, load_text
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class SessionConfig:
-    """What a run is of. Kept in `config.json`; the same values give the same run.
-
-    Parameters
-    ----------
-    teacher : str
-        Name, folder, GGUF file or Hub id, as `load_model` takes it.
-    text : str
-        Text to calibrate and train on, as `load_text` takes it.
-    eval_text : str, optional
-        Text to judge on; by default the eval split of `text`.
-    block : int
-        Tokens in a block.
-    calibration_tokens, train_tokens, eval_tokens : int
-        Tokens to measure on, to distill on after each removal, and to evaluate on.
-    metric : str
-        Importance metric of `measure`.
-    measure : dict
-        Further arguments of `measure`, such as `{"race": True, "positions": 64}`.
-    distill : dict
-        Fields of `DistillConfig` that differ from its defaults.
-    heal : bool
-        Whether the loop tries closed-form healing before it distills.
-    suite : str, optional
-        Suite whose aggregate decides; without one, perplexity does.
-    seed : int
-    weights_dtype : str
-        dtype of stored and exported weights. Trained weights are rounded to it when a distillation
-        ends, so that the student in memory is the one on disk.
-    """
-
-    teacher: str
-    text: str = "python-docs"
-    eval_text: str | None = None
-    block: int = 256
-    calibration_tokens: int = 8192
-    train_tokens: int = 65536
-    eval_tokens: int = 8192
-    metric: str = "kl"
-    measure: dict[str, Any] = field(default_factory=dict)
-    distill: dict[str, Any] = field(default_factory=dict)
-    heal: bool = False
-    suite: str | None = None
-    seed: int = 0
-    weights_dtype: str = "bfloat16"
 
 
 class PruningSession:
@@ -133,19 +85,10 @@ class PruningSession:
         SessionError, ModelError, TextError, JournalError
             Before anything is written, where an argument is wrong.
         """
-        unknown = set(settings) - set(SessionConfig.__dataclass_fields__)
-        if unknown:
-            raise SessionError(
-                f"Unknown setting {sorted(unknown)}. A session has: {sorted(SessionConfig.__dataclass_fields__)}."
-            )
-        if isinstance(settings.get("distill"), DistillConfig):
-            settings["distill"] = settings["distill"].to_dict()
-        loaded = (
-            teacher if isinstance(teacher, LoadedModel) else load_model(teacher, dtype=dtype, device=device)
-        )
-        config = SessionConfig(teacher=loaded.name, **settings)
-        DistillConfig.from_dict(config.distill)  # refuse wrong settings now, not after the first removal
-        _check_tokens(config)
+        given = isinstance(teacher, LoadedModel)
+        config = SessionConfig.of(teacher.name if given else teacher, settings)  # before the model is loaded
+        loaded = teacher if given else load_model(teacher, dtype=dtype, device=device)
+        config = replace(config, teacher=loaded.name)
         stack = LayerStack(loaded.model)
         load_text(
             config.text,
@@ -806,17 +749,6 @@ class PruningSession:
 # ---------------------------------------------------------------- helpers
 
 
-def fingerprint(stack: LayerStack) -> str:
-    """sha256 of a model's tensor names, shapes and a sample of its values; the same in bf16 and fp32."""
-    digest = hashlib.sha256()
-    for name, tensor in stack.model.named_parameters():
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).float()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def quality_loss(found: Evaluation) -> float:
     """The share of quality lost that `max_loss` limits.
 
@@ -826,18 +758,6 @@ def quality_loss(found: Evaluation) -> float:
     if found.suite is not None:
         return found.quality_loss
     return 1 - found.teacher_perplexity / found.perplexity
-
-
-def _check_tokens(config: SessionConfig) -> None:
-    for name in ("calibration_tokens", "train_tokens", "eval_tokens"):
-        if getattr(config, name) < 2 * config.block:
-            raise SessionError(
-                f"{name} is {getattr(config, name)}: give at least two blocks, {2 * config.block} tokens."
-            )
-    if not isinstance(getattr(torch, config.weights_dtype, None), torch.dtype):
-        raise SessionError(
-            f"weights_dtype {config.weights_dtype!r} is not a dtype: use 'bfloat16' or 'float32'."
-        )
 
 
 def _own_layers(student: LayerStack, teacher: LayerStack) -> list[int]:

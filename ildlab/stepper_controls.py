@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipywidgets as w
 
 from .scores import METRICS
-from .session import SessionConfig
+from .session_config import SessionConfig
 from .stepper_strip import Strip
 
 DEFAULTS = "the run's own"

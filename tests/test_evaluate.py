@@ -119,6 +119,7 @@ def test_json_form_and_table(pair, tokens):
     found = evaluate(*pair, tokens, speed=False)
     assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert "perplexity" in found._repr_html_() and "<table" in found._repr_html_()
+    assert len(str(found).splitlines()) == 1 + len(found.summary())
     assert found.quality_loss is None and found.aggregate is None
 
 

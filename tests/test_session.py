@@ -13,10 +13,19 @@ import torch
 
 from ildlab.diagnose import diagnose
 from ildlab.distill import resolve_scope
-from ildlab.errors import DistillError, ExportError, JournalError, MeasureError, SessionError, TextError
+from ildlab.errors import (
+    DistillError,
+    ExportError,
+    JournalError,
+    MeasureError,
+    SessionError,
+    SuiteError,
+    TextError,
+)
 from ildlab.history import history_table, task_table
 from ildlab.loop import next_phase
-from ildlab.session import PruningSession, SessionConfig
+from ildlab.session import PruningSession
+from ildlab.session_config import SessionConfig
 
 pytestmark = pytest.mark.usefixtures("short_speed")
 
@@ -340,6 +349,8 @@ def test_refusals_change_nothing(make, tmp_path, tiny_folder, text_file):
         session.run(max_loss=1.5)
     with pytest.raises(SessionError, match="when to stop"):
         session.run()
+    with pytest.raises(SuiteError, match="no suite 'mini77'"):
+        session.run(target_layers=2, suite="mini77")
     with pytest.raises(SessionError, match="no step 99"):
         session.undo(to=99)
     assert [s.action for s in session.steps] == ["create", "remove"]
@@ -354,6 +365,10 @@ def test_refusals_change_nothing(make, tmp_path, tiny_folder, text_file):
         create(train_tokens=10)
     with pytest.raises(TextError):
         create(text=str(tmp_path / "nowhere.txt"))
+    with pytest.raises(SuiteError, match="no suite 'mini77'"):
+        create(suite="mini77")
+    with pytest.raises(SessionError, match="no metric 'magic'"):
+        create(metric="magic")
     assert not (tmp_path / "other").exists()
     with pytest.raises(JournalError, match="already holds a run"):
         make()
