@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .losses import in_fp64
+
 TOKENS = 256  # in one Gram matrix
-
-
-def wide(hidden: Tensor) -> Tensor:
-    """In fp64 where the device has it."""
-    return hidden.float() if hidden.device.type == "mps" else hidden.double()
 
 
 class Cka:
@@ -34,7 +31,7 @@ class Cka:
 
     @staticmethod
     def _gram(states: Tensor) -> Tensor:
-        states = wide(states)
+        states = in_fp64(states)
         gram = states @ states.mT
         gram.diagonal(dim1=-2, dim2=-1).zero_()
         return gram

@@ -230,6 +230,12 @@ def curve(session: PruningSession, name: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def task_columns(table: pd.DataFrame) -> list[str]:
+    """Columns of `curve` that are scores of the suite's tasks."""
+    names = list(table.columns)
+    return [name for name in names[names.index("parameters") + 1 :] if not name.startswith("canary_")]
+
+
 def published_curves() -> pd.DataFrame:
     """Curves of Qwen2.5-3B read off the authors' figure: method, layers_removed, aggregate, share_removed."""
     table = pd.read_csv(data_dir() / "published" / "qwen2.5-3b_aggregate_curves.csv")

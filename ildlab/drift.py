@@ -17,9 +17,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .cka import Cka, wide
+from .cka import Cka
 from .errors import MeasureError
 from .influence import unit
+from .losses import in_fp64
 from .offload import resident
 from .progress import Progress, drive
 from .samples import Rows, means, percentiles, resamples
@@ -295,7 +296,7 @@ def _redundancy_steps(
             cka.add(states, states)
         else:
             for part in states.split(256, dim=1):
-                u = wide(part)
+                u = in_fp64(part)
                 u = (u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)).transpose(0, 1)
                 cosine = u @ u.mT
                 above = above + (cosine if kind == "cosine" else cosine.clamp(-1, 1).arccos() / torch.pi).sum(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .errors import SuiteError, TextError
 from .evaluation import Evaluation
+from .losses import in_fp64
 from .progress import Progress, drive
 from .stack import LayerStack, Trunk, shared_prefix
 
@@ -202,11 +203,14 @@ def _text_steps(student, teacher, tokens: Tensor, batch_size: int, sums: np.ndar
         batch = tokens[start : start + batch_size].long()
         ours, reference, trunk = both_final(student, teacher, batch)
         target = trunk.input_ids[:, 1:]
+        # Of a model over several devices the last layer's may be another than the input's.
+        same, reference = ours is reference, reference.to(target.device)
+        ours = reference if same else ours.to(target.device)
         valid = torch.ones_like(target, dtype=torch.bool)
         if trunk.attention_mask is not None:
             valid = (trunk.attention_mask[:, 1:] * trunk.attention_mask[:, :-1]).bool()
         row, column = valid.nonzero(as_tuple=True)
-        figures = torch.zeros(batch.shape[0], 5, dtype=torch.float64, device=target.device)
+        figures = in_fp64(torch.zeros(batch.shape[0], 5, device=target.device))
         for part in torch.arange(len(row), device=row.device).split(CHUNK):
             r, c = row[part], column[part]
             figures.index_add_(0, r, _position_figures(student, teacher, ours, reference, target, r, c))
@@ -215,19 +219,19 @@ def _text_steps(student, teacher, tokens: Tensor, batch_size: int, sums: np.ndar
 
 
 def _position_figures(student, teacher, ours, reference, target, r, c) -> Tensor:
-    """Return [P, 5] in fp64 of one chunk of positions."""
+    """Return [P, 5] of one chunk of positions, in fp64 where the device has it."""
     gold = target[r, c][:, None]
-    theirs = torch.log_softmax(teacher.logits(reference[r, c]).float(), -1)
-    out = torch.zeros(len(r), 5, dtype=torch.float64, device=gold.device)
+    theirs = torch.log_softmax(teacher.logits(reference[r, c]).to(gold.device).float(), -1)
+    out = in_fp64(torch.zeros(len(r), 5, device=gold.device))
     out[:, 0] = 1
-    out[:, 2] = -theirs.gather(1, gold)[:, 0].double()
+    out[:, 2] = -theirs.gather(1, gold)[:, 0]
     if ours is reference:  # the whole stack is shared, and so is the tail
         out[:, 1], out[:, 4] = out[:, 2], 1
         return out
-    mine = torch.log_softmax(student.logits(ours[r, c]).float(), -1)
-    out[:, 1] = -mine.gather(1, gold)[:, 0].double()
-    out[:, 3] = torch.nn.functional.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1).double()
-    out[:, 4] = (mine.argmax(-1) == theirs.argmax(-1)).double()
+    mine = torch.log_softmax(student.logits(ours[r, c]).to(gold.device).float(), -1)
+    out[:, 1] = -mine.gather(1, gold)[:, 0]
+    out[:, 3] = torch.nn.functional.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
+    out[:, 4] = mine.argmax(-1) == theirs.argmax(-1)
     return out
 
 

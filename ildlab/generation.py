@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import SuiteError
+from .loglikelihood import encode_all, prefix_token
 from .progress import Progress
 from .stack import LayerStack
 
@@ -26,17 +27,23 @@ def greedy_steps(
     stop: Sequence[str] = (),
     max_length: int,
     batch_size: int = 8,
+    as_is: bool = False,
     note: str = "",
 ) -> Generator[Progress, None, tuple[list[str], int]]:
     """Continue each prompt greedily with the KV cache.
 
     Prompts of like length go together, padded on the left; one too long for the window loses its
-    beginning.
+    beginning, and an empty one is the BOS (or EOS) token. The checkpoint's own penalties do not apply.
+
+    Parameters
+    ----------
+    as_is : bool
+        Answers as lm-eval takes them: white space stays, and a stop string counts at the very beginning too.
 
     Returns
     -------
     answers : list of str
-        In the order of the prompts, cut before the first stop string.
+        In the order of the prompts, cut before the first stop string, and stripped.
     truncated : int
         Prompts that lost their beginning.
     """
@@ -45,7 +52,8 @@ def greedy_steps(
         raise SuiteError(
             f"max_new_tokens={max_new_tokens} does not fit the model's window of {max_length} tokens."
         )
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    known = encode_all(tokenizer, [prompt for prompt in prompts if prompt], True)
+    ids = [list(known[prompt]) if prompt else [prefix_token(tokenizer)] for prompt in prompts]
     truncated = sum(len(row) > room for row in ids)
     ids = [row[-room:] for row in ids]
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
@@ -60,30 +68,37 @@ def greedy_steps(
             batch.to(stack.device),
             attention_mask=mask.to(stack.device),
             do_sample=False,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            stopping_criteria=[_Stopped(tokenizer, stop, width)] if stop else None,
+            stopping_criteria=[_Stopped(tokenizer, stop, width, as_is)] if stop else None,
         )
         for i, row in zip(chosen, out[:, width:]):
-            answers[i] = cut(tokenizer.decode(row, skip_special_tokens=True), stop)
+            answers[i] = cut(tokenizer.decode(row, skip_special_tokens=True), stop, as_is)
         yield Progress(start + len(chosen), len(order), note)
     return answers, truncated
 
 
 class _Stopped:
-    """Ends a row's generation once its answer holds a stop string behind its first word."""
+    """Ends a row's generation once its answer holds a stop string: behind its first word, or (`as_is`) anywhere."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int):
-        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int, as_is: bool = False):
+        self.tokenizer, self.stop, self.width, self.as_is = tokenizer, stop, width, as_is
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         texts = self.tokenizer.batch_decode(ids[:, self.width :], skip_special_tokens=True)
-        done = [any(mark in text.lstrip() for mark in self.stop) for text in texts]
+        texts = texts if self.as_is else [text.lstrip() for text in texts]
+        done = [any(mark in text for mark in self.stop) for text in texts]
         return torch.tensor(done, device=ids.device)
 
 
-def cut(text: str, stop: Sequence[str]) -> str:
-    """Cut a text before the first stop string, and strip it."""
+def cut(text: str, stop: Sequence[str], as_is: bool = False) -> str:
+    """Cut a text before the first stop string, and strip it; `as_is` leaves its white space."""
+    if as_is:
+        for mark in stop:
+            text = text.split(mark, 1)[0]
+        return text
     for mark in stop:
         # A mark at the very beginning would leave nothing: models often open with a line break.
         text = text.lstrip() if text.strip() else text

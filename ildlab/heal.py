@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import DistillError
 from .fused import fused_divergence
+from .losses import in_fp64
 from .progress import Progress, Work, drive
 from .stack import LayerStack
 
@@ -249,10 +250,10 @@ def _states(student, teacher, ids, position, linear, depth) -> tuple[Tensor, Ten
 
 
 def _moments(x: Tensor, y: Tensor, target: Tensor, sums=None) -> tuple[Tensor, Tensor]:
-    """Weighted second moments, in fp64: y'y and (target - x)'y."""
+    """Weighted second moments, in fp64 where the device has it: y'y and (target - x)'y."""
     weight = 1 / target.square().sum(-1, keepdim=True)
-    wide = y.double()
-    mine = (wide.T @ (wide * weight), (target - x).double().T @ (wide * weight))
+    weighted = in_fp64(y) * weight
+    mine = (in_fp64(y).T @ weighted, in_fp64(target - x).T @ weighted)
     return mine if sums is None else (sums[0] + mine[0], sums[1] + mine[1])
 
 
@@ -295,6 +296,6 @@ def _kl(
 
 @torch.no_grad()
 def _fold(linear: nn.Linear, mapping: Tensor) -> None:
-    linear.weight.copy_((mapping @ linear.weight.double()).to(linear.weight.dtype))
+    linear.weight.copy_((mapping @ in_fp64(linear.weight)).to(linear.weight.dtype))
     if linear.bias is not None:
-        linear.bias.copy_((mapping @ linear.bias.double()).to(linear.bias.dtype))
+        linear.bias.copy_((mapping @ in_fp64(linear.bias)).to(linear.bias.dtype))

@@ -20,6 +20,8 @@ from typing import Any
 from .errors import SuiteError, first_line
 from .tasks import check_row
 
+PARQUET = "refs/convert/parquet"  # where the Hub keeps a data set as Parquet, whatever script makes it on main
+
 
 def load_rows(spec: dict[str, Any], where: str, hub_root: str | Path | None) -> tuple[list[dict], list[dict]]:
     """Load the rows and the few-shot rows of one task.
@@ -69,14 +71,20 @@ def _load(hub: dict, config: str | None, split: str, where: str, hub_root) -> It
                 f"{where}: {path} is not in {hub_root}. Copy the data set there (as owner/name)."
             )
         path = str(Path(hub_root) / path)
-    revision = {"revision": hub["revision"]} if "revision" in hub and hub_root is None else {}
     try:
+        if hub.get("revision") == PARQUET:
+            # The Hub makes this branch: folders config/split of Parquet files, no card that would name them.
+            root = path if hub_root is not None else f"hf://datasets/{path}@{PARQUET.replace('/', '%2F')}"
+            files = {split: f"{root}/{config or 'default'}/{split}/*.parquet"}
+            return load_dataset("parquet", data_files=files, split=split)
+        revision = {"revision": hub["revision"]} if "revision" in hub and hub_root is None else {}
         return load_dataset(path, config, split=split, **revision)
     except Exception as error:  # datasets lets through errors of fsspec, httpx, pyarrow and its own
+        branch = f"--revision {hub['revision']} " if "revision" in hub else ""
         raise SuiteError(
             f"{where}: the data set {hub['path']}{f' ({config})' if config else ''} could not be loaded: "
             f"{first_line(error)}\nWithout network access download it elsewhere "
-            f"(`hf download --repo-type dataset {hub['path']} --local-dir FOLDER/{hub['path']}`) and pass "
+            f"(`hf download --repo-type dataset {branch}{hub['path']} --local-dir FOLDER/{hub['path']}`) and pass "
             "hub_root=FOLDER (or set ILDLAB_HUB_ROOT=FOLDER); a gated data set needs `hf auth login`."
         ) from error
 

@@ -30,6 +30,7 @@ from .stack import LayerStack
 try:
     import lm_eval
     from lm_eval.api.model import LM
+    from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise SuiteError(
         "Suites of lm-eval need it: pip install 'ildlab[eval]' (lm-eval 0.4.13 is tested)."
@@ -92,18 +93,19 @@ class StackLM(LM):
         for index, request in enumerate(requests):
             kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         for settings, chosen in kinds.items():
-            wanted = json.loads(settings)
-            if wanted.get("do_sample") and wanted.get("temperature", 1.0) > 0:
+            asked = json.loads(settings)
+            if asked.get("do_sample") and asked.get("temperature", 1.0) > 0:
                 raise SuiteError("This lm-eval task samples its answers; ildlab generates greedily only.")
-            stop = wanted.get("until") or []
+            wanted = normalize_gen_kwargs(asked)  # max_gen_toks has three other names
             texts, truncated = drive(
                 greedy_steps(
                     self.stack,
                     self.tokenizer,
                     [requests[i].args[0] for i in chosen],
-                    max_new_tokens=int(wanted.get("max_gen_toks", 256)),
-                    stop=[stop] if isinstance(stop, str) else stop,
+                    max_new_tokens=wanted["max_gen_toks"],
+                    stop=[mark for mark in wanted["until"] if mark],
                     max_length=self.max_length,
+                    as_is=True,
                 )
             )
             self.truncated += truncated

@@ -54,6 +54,10 @@ class Outcomes:
         length = np.array([len(e.continuation) for e in encoded], dtype=np.int64)
         return cls(np.full(len(encoded), np.nan), np.full(len(encoded), -1, dtype=np.int64), length)
 
+    def finite(self, requests: Any = slice(None)) -> bool:
+        """Whether these requests' log-likelihoods are numbers: of NaN, `argmax` would make an answer."""
+        return bool(np.isfinite(self.loglikelihood[requests]).all())
+
 
 # ------------------------------------------------------------------ encoding
 
@@ -87,10 +91,10 @@ def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) ->
     """
     pairs = [_shift_spaces(*pair) for pair in pairs]
     wholes = [context + continuation for context, continuation in pairs]
-    known = _encode_all(
+    known = encode_all(
         tokenizer, [c for c, _ in pairs if c] + [w for (c, _), w in zip(pairs, wholes) if c], True
     )
-    bare = _encode_all(tokenizer, [w for (c, _), w in zip(pairs, wholes) if not c], False)
+    bare = encode_all(tokenizer, [w for (c, _), w in zip(pairs, wholes) if not c], False)
     out = []
     for (context, continuation), whole in zip(pairs, wholes):
         if context:
@@ -137,7 +141,8 @@ def _shift_spaces(context: str, continuation: str) -> tuple[str, str]:
     return (context[:-spaces], context[-spaces:] + continuation) if spaces else (context, continuation)
 
 
-def _encode_all(tokenizer, strings: Iterable[str], special: bool) -> dict[str, tuple[int, ...]]:
+def encode_all(tokenizer: Any, strings: Iterable[str], special: bool) -> dict[str, tuple[int, ...]]:
+    """Token ids of each string, with the special tokens that the tokenizer adds (never a second BOS) or without."""
     unique = list(dict.fromkeys(strings))
     if not unique:
         return {}
@@ -176,7 +181,8 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
     parts = -(-len(wanted) // chunk) or 1
     size = -(-len(wanted) // parts) or 1  # even parts: a few last positions would cost as much as many
     for start in range(0, len(wanted), size):
-        logits = stack.logits(wanted[start : start + size])
+        # Of a model over several devices the logits may come back on another than the hidden state's.
+        logits = stack.logits(wanted[start : start + size]).to(hidden.device)
         part = slice(start, start + len(logits))
         top, best[part] = logits.max(-1)  # before the cast: it changes no order
         logits, top = logits.float(), top.float()
@@ -184,7 +190,7 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
         gold[here] = logits[which[here] - start, target[here]]
         # log-sum-exp in place: on a CPU, fresh memory for a vocabulary's numbers is slow.
         total[part] = logits.sub_(top[:, None]).exp_().sum(-1).log_().add_(top)
-    scored = (gold.double() - total[which].double()).cpu().numpy()
+    scored = gold.cpu().double().numpy() - total[which].cpu().double().numpy()  # MPS has no fp64
     hit = (best[which] == target).cpu().numpy()
     count = len(batch.requests)
     outcomes.loglikelihood[batch.requests] = np.bincount(batch.owner, scored, minlength=count)
@@ -202,20 +208,31 @@ _TREES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def largest_tree(stack: LayerStack) -> int:
     """Tokens in the largest packed tree whose logits are those of plain rows; 0 where none is.
 
-    Tried once a model, on a small tree. Where attention has a sliding window, the tree's mask stands in
-    for the window's too, so that a tree must not be longer than it.
+    Tried once a model, on a small tree. Where attention has a window, the tree's mask stands in for the
+    window's too (or, in GPT-Neo, its columns are what the window counts), so that a tree must not be longer.
     """
     if stack.model not in _TREES:
-        kinds = getattr(stack.config, "layer_types", None)
-        limit = getattr(stack.config, "sliding_window", None) or sys.maxsize
-        if (
-            getattr(stack.config, "use_sliding_window", True) is False
-            or kinds
-            and "sliding" not in " ".join(kinds)
-        ):
-            limit = sys.maxsize
-        _TREES[stack.model] = limit if _try_tree(stack) else 0
+        _TREES[stack.model] = _tree_limit(stack.config) if _try_tree(stack) else 0
     return _TREES[stack.model]
+
+
+# Layers that carry a state along the row: what stands before a branch leaks into it, mask or no mask.
+_RECURRENT = ("linear", "mamba", "conv", "recurrent", "hybrid")
+
+
+def _tree_limit(config: Any) -> int:
+    """Tokens in a tree that no window of the attention reaches around; 0 where layers are recurrent."""
+    kinds = " ".join(map(str, getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()))
+    if any(word in kinds for word in _RECURRENT):
+        return 0
+    limits = [getattr(config, "max_position_embeddings", None)]  # columns: GPT-Neo's own mask has so many
+    if getattr(config, "use_sliding_window", True) is not False and (not kinds or "sliding" in kinds):
+        limits.append(getattr(config, "sliding_window", None))
+    if "local" in kinds:
+        limits.append(getattr(config, "window_size", None))
+    if not kinds or "chunked" in kinds:
+        limits.append(getattr(config, "attention_chunk_size", None))
+    return min((limit for limit in limits if limit), default=sys.maxsize)
 
 
 def _try_tree(stack: LayerStack) -> bool:
@@ -239,7 +256,8 @@ def _try_tree(stack: LayerStack) -> bool:
     plain, tree, changed = found
     exact = stack.model.dtype in (torch.float32, torch.float64)
     same = np.allclose(plain, tree, rtol=2e-6 if exact else 2e-2, atol=1e-4 if exact else 2e-2)
-    return same and np.allclose(tree[1:], changed[1:], rtol=1e-6 if exact else 1e-2, atol=1e-6)
+    # The same shapes, and what is masked counts exactly nothing: these are equal in every dtype.
+    return same and np.allclose(tree[1:], changed[1:], rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
@@ -251,13 +269,24 @@ def score_steps(
     note: str = "",
     tokens_per_batch: int | None = None,
 ) -> Generator[Progress, None, Outcomes]:
-    """Score all requests; yields after each batch and returns the `Outcomes`."""
+    """Score all requests; yields after each batch and returns the `Outcomes`.
+
+    Raises
+    ------
+    SuiteError
+        A log-likelihood is NaN or infinite: the model's logits are broken.
+    """
     outcomes = Outcomes.empty(encoded)
     size = tokens_per_batch or batch_tokens(stack)
     batches = make_batches(encoded, groups, largest_tree=largest_tree(stack), tokens_per_batch=size)
     done, total = 0, sum(batch.tokens for batch in batches)
     for batch in batches:
         read_out(stack, batch, stack.final(model_inputs(stack, batch)), outcomes)
+        if not outcomes.finite(batch.requests):
+            raise SuiteError(
+                f"{note or 'Scoring'}: a log-likelihood is not a finite number. The model's logits are NaN or infinite: "
+                "load it in float32 or bfloat16 rather than float16."
+            )
         done += batch.tokens
         yield Progress(done, total, note)
     return outcomes

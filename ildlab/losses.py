@@ -149,7 +149,13 @@ def log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
 
 
 def wide(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 where it is."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def in_fp64(x: Tensor) -> Tensor:
+    """In fp64, or in fp32 where the device has no fp64 (MPS)."""
+    return x.float() if x.device.type == "mps" else x.double()
 
 
 # ------------------------------------------------------------- after the norm

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from .errors import SuiteError
 from .plots_base import (
     BLUE,
     COLOURS,
@@ -117,7 +118,14 @@ def task_panels(
         Method -> name in the legend.
     columns : int
         Panels in a row.
+
+    Raises
+    ------
+    SuiteError
+        No tasks.
     """
+    if not tasks:
+        raise SuiteError("There are no tasks to draw panels of: name columns of the table.")
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(2.3 * columns, 1.9 * rows + 0.6), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)

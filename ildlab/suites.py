@@ -159,9 +159,11 @@ def _defaults(kind: str, rows: Sequence[dict]) -> dict[str, Any]:
     return {}
 
 
-_PLAIN = (
-    "metric", "normalise", "chance", "direction", "weight", "fewshot", "delimiter", "separator", "max_new_tokens",
-)  # fmt: skip
+_NUMBER = (int, float)
+_PLAIN = {
+    "metric": str, "normalise": str, "chance": _NUMBER, "direction": str, "weight": _NUMBER, "fewshot": int,
+    "delimiter": str, "separator": str, "max_new_tokens": int,
+}  # fmt: skip
 
 
 def _from_yaml(path: Path, hub_root) -> Suite:
@@ -204,14 +206,30 @@ def _from_yaml(path: Path, hub_root) -> Suite:
         else:
             kind, rows = read_jsonl(path.parent / spec["file"], kind)
             shots = read_jsonl(path.parent / spec["shots_file"], kind)[1] if "shots_file" in spec else ()
-        settings = {name: spec[name] for name in _PLAIN if name in spec}
-        if "stop" in spec:
-            settings["stop"] = tuple(spec["stop"])
-        settings = {**_defaults(kind, rows), **settings}
-        tasks.append(
-            Task(str(spec["name"]), kind, tuple(rows[: spec.get("limit")]), shots=tuple(shots), **settings)
-        )
+        settings = {**_defaults(kind, rows), **_settings(spec, where)}
+        task = Task(str(spec["name"]), kind, tuple(rows), shots=tuple(shots), **settings)
+        tasks.append(task if spec.get("limit") is None else task.take(spec["limit"]))
     return Suite(str(content.get("name", path.stem)), tuple(tasks), str(content.get("description", "")))
+
+
+def _settings(spec: dict[str, Any], where: str) -> dict[str, Any]:
+    """The task's settings out of its entry in the suite file, each checked for its type."""
+    for name, kind in {**_PLAIN, "limit": int}.items():
+        value = spec.get(name)
+        if value is None and name in spec and name != "limit" or value is not None and (
+            not isinstance(value, kind) or isinstance(value, bool)
+        ):  # fmt: skip
+            told = {str: "a text", int: "a whole number"}.get(kind, "a number")
+            raise SuiteError(f"{where}: {name}: {value!r} is not {told}.")
+    if spec.get("limit") is not None and spec["limit"] < 1:
+        raise SuiteError(f"{where}: limit: {spec['limit']} leaves no example.")
+    settings = {name: spec[name] for name in _PLAIN if name in spec}
+    if "stop" in spec:
+        stop = [spec["stop"]] if isinstance(spec["stop"], str) else spec["stop"]
+        if not isinstance(stop, list) or not all(isinstance(mark, str) and mark for mark in stop):
+            raise SuiteError(f"{where}: stop: {spec['stop']!r} is not a text or a list of texts.")
+        settings["stop"] = tuple(stop)
+    return settings
 
 
 # ------------------------------------------------------------------- scoring
@@ -228,7 +246,7 @@ def suite_steps(
     tokenizer
     suite : Suite, or what `load_suite` takes
     cache : path, optional
-        Folder where results are kept, by the fingerprints of model, tokenizer and suite.
+        Folder where results are kept, by the fingerprints of model, tokenizer and suite (not of an offloaded model).
 
     Returns
     -------
@@ -236,7 +254,8 @@ def suite_steps(
     """
     suite = load_suite(suite)
     kept = None
-    if cache is not None:
+    # Weights that accelerate keeps elsewhere would all have to be loaded to name the model.
+    if cache is not None and not any(p.is_meta for p in stack.model.parameters()):
         kept = Path(cache) / f"{model_fingerprint(stack, tokenizer)[:24]}-{suite.fingerprint[:24]}.json"
         found = _read_kept(kept)
         if found is not None:
@@ -321,11 +340,14 @@ def _generated(stack, tokenizer, task: Task, length: int):
 
 
 def model_fingerprint(stack: LayerStack, tokenizer: Any) -> str:
-    """sha256 (hex) of every weight, the config and the tokenizer."""
+    """sha256 (hex) of every weight, of config, generation config and tokenizer."""
     from .text import tokenizer_fingerprint
 
     digest = hashlib.sha256(tokenizer_fingerprint(tokenizer).encode())
     settings = {k: v for k, v in stack.config.to_dict().items() if not k.startswith("_")}
+    decoding = getattr(stack.model, "generation_config", None)
+    settings["decoding"] = {} if decoding is None else decoding.to_diff_dict()
+    settings["decoding"].pop("transformers_version", None)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in stack.model.state_dict().items():
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -77,7 +77,7 @@ def task_steps(
     Raises
     ------
     MeasureError
-        No tokenizer, or a task that has to generate text.
+        No tokenizer, a task that has to generate text, or a log-likelihood that is NaN or infinite.
     """
     started = time.perf_counter()
     if tokenizer is None:
@@ -161,17 +161,20 @@ class _Sweep:
                     read_out(student, batch, state, self.outcomes[layer_id])
             read_out(student, batch, final[0], self.outcomes[None])
             yield done, len(batches)
-        values = self._values(None)
-        self.whole[part] = values[part]
+        if not self.outcomes[None].finite(chosen):
+            raise MeasureError(
+                "A log-likelihood of the whole student is not a finite number: the model overflows. "
+                "Load it in float32 or bfloat16."
+            )
+        self.whole[part] = self._values(None)[part]
         for layer_id in alive:
             column = self.layer_ids.index(layer_id)
-            found = self._values(layer_id)[part]
-            if not np.isfinite(found).all():
+            if not self.outcomes[layer_id].finite(chosen):
                 raise MeasureError(
-                    f"Without layer {layer_id} an example's score is not a finite number: the model overflows. "
+                    f"Without layer {layer_id} a log-likelihood is not a finite number: the model overflows. "
                     "Load it in float32 or bfloat16."
                 )
-            self.without[part, column] = found
+            self.without[part, column] = self._values(layer_id)[part]
             change = self.outcomes[None].loglikelihood - self.outcomes[layer_id].loglikelihood
             sums = np.bincount(
                 self.owner[chosen], change[chosen] * self.plan.is_gold()[chosen], len(self.whole)

@@ -121,8 +121,9 @@ class Task:
     def _fewest_shots(self) -> int:
         """Solved examples that the row with the fewest can have: a group takes its own alone."""
         groups = Counter(row.get("group") for row in self.shots or self.rows)
-        own = not self.shots or any(shot is self.rows[0] for shot in self.shots)
-        return min(groups[group] for group in {row.get("group") for row in self.rows}) - own
+        # A row that stands among the shots by chance has one fewer; that is no reason to refuse all the others.
+        copies = Counter() if self.shots else Counter(_text(row) for row in self.rows)
+        return min(groups[row.get("group")] - copies[_text(row)] for row in self.rows)
 
     def take(self, limit: int) -> Task:
         """Return the task with at most `limit` rows; few-shot examples still come from all of them."""
@@ -143,13 +144,17 @@ class Task:
     def prompt(self, index: int, context: str) -> str:
         """Put the headline and the few-shot examples of row `index` before its context."""
         row = self.rows[index]
-        others = (shot for shot in self.shots or self.rows if shot is not row)
+        others = (shot for shot in self.shots or self.rows if shot != row)  # nor a copy of it: it holds the answer
         chosen = [shot for shot in others if shot.get("group") == row.get("group")][: self.fewshot]
         return (
             row.get("headline", "")
             + "".join(solved(self, shot) + self.separator for shot in chosen)
             + context
         )
+
+
+def _text(row: dict) -> str:
+    return json.dumps(row, sort_keys=True)
 
 
 def solved(task: Task, row: dict) -> str:
@@ -266,7 +271,7 @@ def kind_of(row: dict, where: str) -> str:
 
 
 def check_row(kind: str, row: Any, where: str) -> dict:
-    """Return the row, or say what is wrong with it and where it stands.
+    """Return the fields of the row that its kind has, or say what is wrong with it and where it stands.
 
     Raises
     ------
@@ -300,7 +305,10 @@ def check_row(kind: str, row: Any, where: str) -> dict:
     for name in ("continuation", "text"):
         if name in needs and not row[name].strip():
             raise SuiteError(f"{where}: {name!r} is empty.")
-    return row
+    for name in ("group", "headline"):
+        if not isinstance(row.get(name, ""), str):
+            raise SuiteError(f"{where}: {name!r} must be str, not {type(row[name]).__name__}.")
+    return {name: value for name, value in row.items() if name in (*needs, "group", "headline")}
 
 
 def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:

@@ -70,8 +70,20 @@ def test_rolling_log_likelihood_and_generation_equal_hflm(teacher):
         theirs.loglikelihood_rolling(rolling, disable_tqdm=True)[0], abs=1e-3
     )
     ours.max_length = theirs._max_length = 64
-    asked = [Instance("generate_until", {}, ("One, two, three,", {"until": [","], "max_gen_toks": 4}), 0)]
-    assert ours.generate_until(asked)[0].strip() == theirs.generate_until(asked, disable_tqdm=True)[0].strip()
+    # White space counts, at both ends; a stop at the very beginning leaves nothing; other names of the length.
+    asked = [
+        Instance("generate_until", {}, (prompt, settings), number)
+        for number, (prompt, settings) in enumerate(
+            [
+                ("One, two, three,", {"until": [","], "max_gen_toks": 4}),
+                ("Question: What is the capital of France?\nAnswer:", {"until": ["\n"], "max_new_tokens": 6}),
+                ("List:\n1. apples\n2. pears\n3.", {"until": ["\n", " "], "max_gen_toks": 5}),
+            ]
+        )
+    ]
+    mine, their = ours.generate_until(asked), theirs.generate_until(asked, disable_tqdm=True)
+    assert mine == their
+    assert mine[0].startswith(" ") and mine[2] == ""
 
 
 def test_shipped_yaml_gives_our_scores_under_plain_hflm(teacher):

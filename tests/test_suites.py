@@ -115,6 +115,10 @@ def test_local_files_are_suites(tmp_path):
         ("tasks: [{name: a, file: q.jsonl, weigth: 2}]", "unknown settings weigth"),
         ("tasks: [{name: a, file: q.jsonl, kind: quiz}]", "kind 'quiz' does not exist"),
         ("tasks: [{name: a, file: absent.jsonl}]", "absent.jsonl cannot be read"),
+        ("tasks: [{name: a, file: q.jsonl, chance: 1/4}]", "'a': chance: '1/4' is not a number"),
+        ("tasks: [{name: a, file: q.jsonl, fewshot: 1.5}]", "'a': fewshot: 1.5 is not a whole number"),
+        ("tasks: [{name: a, file: q.jsonl, limit: -1}]", "limit: -1 leaves no example"),
+        ("tasks: [{name: a, file: q.jsonl, stop: [1]}]", "stop: .* is not a text"),
         ("tasks: [{name: a, file: q.jsonl}, {name: a, file: q.jsonl}]", "different names"),
     ],
 )
@@ -125,6 +129,26 @@ def test_bad_suite_files(tmp_path, text, message):
         load_suite(tmp_path / "suite.yaml")
 
 
+def test_settings_of_a_suite_file(tmp_path):
+    rows = [{"context": f"{n} and 1 is", "continuation": str(n + 1), "source": "mine"} for n in range(6)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = "tasks: [{name: a, file: q.jsonl, limit: 2, fewshot: 4, stop: END}]"
+    (tmp_path / "suite.yaml").write_text(spec)
+    (task,) = load_suite(tmp_path / "suite.yaml").tasks
+    assert task.stop == ("END",)
+    assert len(task.rows) == 2 and task.prompt(0, "").count("\n\n") == 4  # the shots come from all rows
+    assert set(task.rows[0]) == {"context", "continuation"}  # what its kind does not know is left out
+
+
+def test_a_column_too_many_changes_no_score(tmp_path, stack, teacher):
+    """Rows are asked by their kind: a cloze row with choices beside it is a cloze row."""
+    row = {"context": "2 and 2 is", "continuation": "4", "choices": ["4", "5"], "gold": "4"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    suite = load_suite(f"file:{tmp_path / 'q.jsonl'}")
+    assert score_suite(stack, teacher.tokenizer, suite).tasks["q"].kind == "cloze"
+    assert measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer).details["whole"] >= 0
+
+
 def test_unknown_suite_names_those_that_ship():
     with pytest.raises(SuiteError, match="canaries, mini7"):
         load_suite("mini8")
@@ -133,6 +157,17 @@ def test_unknown_suite_names_those_that_ship():
 
 
 # ------------------------------------------------------------- hub tasks
+
+
+def parquet_branch(root, name, configs):
+    """The branch that the Hub makes of a data set: config/split/0000.parquet, and no card."""
+    from datasets import Dataset
+
+    for config, splits in configs.items():
+        for split, rows in splits.items():
+            file = root / name / config / split / "0000.parquet"
+            file.parent.mkdir(parents=True)
+            Dataset.from_list(rows).to_parquet(file)
 
 
 def stand_in(root, name, configs):
@@ -164,11 +199,12 @@ def test_paper7_on_local_stand_ins_of_the_same_schema(tmp_path, stack, teacher, 
         }
         for i in range(6)
     ]  # fmt: skip
+    examples = [{**row, "question_en": f"Example {i}?"} for i, row in enumerate(question[:5])]
     for name in ("mmlu_en", "mmlu_ru"):
-        stand_in(
+        parquet_branch(
             tmp_path,
             f"NLPCoreTeam/{name}",
-            {s: {"test": question, "dev": question[:5]} for s in subjects[:2]},
+            {s: {"test": question, "dev": examples} for s in subjects[:2]},
         )
     summary = [{"src_sents": ["Одно.", "Два."], "summary_sents": ["Три."]}] * 6
     stand_in(tmp_path, "dichspace/daru_treeway_eval", {"default": {"test": summary[:1], "prompt": summary}})

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from ildlab.errors import SuiteError
+from ildlab import measure
+from ildlab.errors import MeasureError, SuiteError
 from ildlab.loglikelihood import Outcomes, encode, encode_rolling, largest_tree, score_steps
 from ildlab.packing import Encoded, make_batches
 from ildlab.progress import drive
 from ildlab.stack import LayerStack
+from ildlab.suites import Suite, score_suite
 from ildlab.tasks import Task, check_row, kind_of, measures, pairs, read_jsonl, requests, weights
 
 ROWS = [
@@ -101,8 +103,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", ["falcon_h1", "jamba", "qwen2", "gemma3_text"])
-def test_trees_are_used_only_where_they_are_exact(name):
+def family(name: str, dtype: torch.dtype) -> LayerStack:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
@@ -110,7 +111,12 @@ def test_trees_are_used_only_where_they_are_exact(name):
         num_key_value_heads=2, head_dim=8, pad_token_id=0, **SMALL.get(name, {}),
     )  # fmt: skip
     torch.manual_seed(0)
-    stack = LayerStack(AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False))
+    return LayerStack(AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False))
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "jamba", "qwen2", "gemma3_text"])
+def test_trees_are_used_only_where_they_are_exact(name):
+    stack = family(name, torch.float32)
     # A state that runs along the row sees every token before it, masked or not.
     assert (largest_tree(stack) == 0) == (name in ("falcon_h1", "jamba"))
     encoded = [Encoded(tuple(range(10, 22)), (30 + i, 40 + i, 50)) for i in range(4)]
@@ -208,8 +214,49 @@ def test_few_shot_prompts_leave_out_the_row_itself():
     assert context == "Two and two make four\n\nThe sky is" and continuation == " blue"
     assert pairs(task, 1)[0][0] == "The sky is blue\n\nTwo and two make"
     options = {"context_options": ["Ann", "Bob"], "continuation": "left.", "gold": 1}
-    pair = Task("p", "minimal_pairs", (options, dict(options)), fewshot=1)
-    assert pairs(pair, 0)[0] == ("Bob left.\n\nAnn", " left.")
+    other = {"context_options": ["Cleo", "Dan"], "continuation": "sat.", "gold": 0}
+    pair = Task("p", "minimal_pairs", (options, other), fewshot=1)
+    assert pairs(pair, 0)[0] == ("Cleo sat.\n\nAnn", " left.")
+    # A copy of the row holds its answer as well.
+    copies = tuple(dict(row) for row in (options, other))
+    assert pairs(Task("p", "minimal_pairs", (options, other), fewshot=1, shots=copies), 0)[0][0].startswith("Cleo")
+    with pytest.raises(SuiteError, match="only 0 examples"):
+        Task("p", "minimal_pairs", (options, dict(options)), fewshot=1)
+
+
+def test_broken_logits_are_an_error_and_no_answer(stack, teacher):
+    broken = stack.share()
+    broken.own([1])
+    with torch.no_grad():
+        for parameter in broken.layers[1].parameters():
+            parameter.fill_(float("nan"))
+    suite = Suite("s", (Task("t", "multiple_choice", tuple(ROWS)),))
+    with pytest.raises(SuiteError, match="not a finite number"):
+        score_suite(broken, teacher.tokenizer, suite)
+    with pytest.raises(MeasureError, match="not a finite number"):
+        measure(broken, None, "task", suite=suite, tokenizer=teacher.tokenizer)
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "jamba", "qwen2"])
+def test_trees_are_judged_in_bf16_as_in_fp32(name):
+    stack = family(name, torch.bfloat16)
+    assert (largest_tree(stack) == 0) == (name != "qwen2")
+
+
+def test_gpt_neo_windows_hold_for_branches(teacher):
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=128, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=24, max_position_embeddings=256, initializer_range=0.3,
+    )  # fmt: skip
+    stack = LayerStack(GPTNeoForCausalLM(config).eval().requires_grad_(False))
+    # As columns of one row, the last choice would be out of the local layer's sight of its context.
+    choices = [Encoded(tuple(range(60, 70)), tuple(range(k, k + 8))) for k in (1, 20, 40)]
+    outcomes = drive(score_steps(stack, choices, [0, 0, 0]))
+    for one, ll in zip(choices, outcomes.loglikelihood):
+        assert oracle(stack, one)[0] == pytest.approx(ll, abs=1e-4)
 
 
 @pytest.mark.parametrize(
