@@ -319,7 +319,8 @@ def _rows_of(step: int, rows: int, config: DistillConfig) -> Tensor:
     """Rows of a step's global batch: permutations of the text, one after another, cut to batches."""
     wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
     orders = {
-        e: torch.randperm(rows, generator=_generator(config.seed, e)) for e in {i // rows for i in wanted}
+        e: torch.randperm(rows, generator=_generator(config.seed or 0, e))
+        for e in {i // rows for i in wanted}
     }
     return torch.stack([orders[i // rows][i % rows] for i in wanted])
 
@@ -327,7 +328,7 @@ def _rows_of(step: int, rows: int, config: DistillConfig) -> Tensor:
 def _positions_of(step, index, block, mask, config) -> Tensor | None:
     if config.kl_positions is None or config.kl_positions >= block:
         return None
-    draw = torch.rand(len(index), block, generator=_generator(config.seed, step, 7))
+    draw = torch.rand(len(index), block, generator=_generator(config.seed or 0, step, 7))
     if mask is not None:
         draw = draw.masked_fill(mask[index] == 0, -1.0)  # padding only where nothing else is left
     return draw.topk(config.kl_positions, dim=1).indices.sort(dim=1).values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 import pandas as pd
@@ -72,8 +73,9 @@ class DistillConfig:
     """AdamW's running averages."""
     clip: float | None = 1.0
     """Largest norm of the whole gradient; None leaves it as it is."""
-    seed: int = 0
-    """Sets data order and sampled positions, both functions of (seed, step) alone."""
+    seed: int | None = None
+    """Sets data order and sampled positions, both functions of (seed, step) alone. None: 0, or, in a session, what
+    follows from the run's seed and the layers removed so far."""
 
     fused: bool = True
     """Divergence in chunks with the gradient in the forward pass; False holds full logits."""
@@ -127,7 +129,11 @@ class DistillConfig:
 
     def check(self) -> None:
         """Raise DistillError, naming the field, where the config asks for something impossible."""
+        for each in fields(self):
+            _check_type(each.name, each.type, getattr(self, each.name))
         self.spec  # noqa: B018  (raises)
+        if isinstance(self.scope, str):
+            _parsed(self.scope)
         _choice("hidden_loss", self.hidden_loss, HIDDEN_LOSSES)
         _choice("reduction", self.reduction, ("token", "paper"))
         _choice("schedule", self.schedule, ("constant", "linear", "cosine"))
@@ -182,9 +188,35 @@ class DistillConfig:
         return cls(**values)
 
 
+_TYPES = {"float": Real, "int": Integral, "bool": bool, "str": str, "None": type(None)}
+
+
+def _check_type(name: str, annotation: str, value: Any) -> None:
+    """Refuse a value of another type: YAML, for one, reads 5e-4 as a text."""
+    known = tuple(_TYPES[part] for part in annotation.split(" | ") if part in _TYPES)
+    if len(known) < len(annotation.split(" | ")):
+        return  # sequences are looked at where they are used
+    if not isinstance(value, known) or (isinstance(value, bool) and bool not in known):
+        hint = ""
+        if isinstance(value, str) and re.fullmatch(r"[+-]?\d+e[+-]?\d+", value, re.I):
+            hint = f" (YAML takes {value} for a text: write {value.lower().replace('e', '.0e')})"
+        raise DistillError(f"{name}={value!r}: it must be of type {annotation}{hint}.")
+
+
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise DistillError(f"{name}={value!r}: choose one of {', '.join(map(repr, choices))}.")
+
+
+def _parsed(scope: str) -> tuple[str, int]:
+    """Name of a scope, and how many layers it reaches."""
+    match = re.fullmatch(r"(window|suffix)\((\d+)\)", scope)
+    name, reach = (match[1], int(match[2])) if match else (scope, 1 if scope == "neighbours" else 0)
+    if name not in ("neighbours", "window", "suffix", "all") or (name == "window" and reach < 1):
+        raise DistillError(
+            f"scope={scope!r}: choose 'neighbours', 'window(k)', 'suffix', 'suffix(k)', 'all' or a list of layer ids."
+        )
+    return name, reach
 
 
 def resolve_scope(scope: str | Sequence[int], student: LayerStack, gap: int | Sequence[int]) -> list[int]:
@@ -220,12 +252,7 @@ def resolve_scope(scope: str | Sequence[int], student: LayerStack, gap: int | Se
         return sorted(set(scope), key=ids.index)
     if scope == "all":
         return ids
-    match = re.fullmatch(r"(window|suffix)\((\d+)\)", scope)
-    name, reach = (match[1], int(match[2])) if match else (scope, 1 if scope == "neighbours" else 0)
-    if name not in ("neighbours", "window", "suffix") or (name == "window" and reach < 1):
-        raise DistillError(
-            f"scope={scope!r}: choose 'neighbours', 'window(k)', 'suffix', 'suffix(k)', 'all' or a list of layer ids."
-        )
+    name, reach = _parsed(scope)
     if not gaps:
         raise DistillError(
             f"scope={scope!r} needs to know which layer was removed (gap): give it, or scope='all'."

@@ -42,7 +42,7 @@ class Masters:
             from .distill_lora import add_lora
 
             for layer in self.layers.values():
-                add_lora(layer, config.lora_rank, config.seed)
+                add_lora(layer, config.lora_rank, config.seed or 0)
         else:
             for layer in self.layers.values():
                 for param in layer.parameters():
@@ -159,10 +159,16 @@ _FREE = (
 )
 
 
+def decisive(config: DistillConfig) -> dict[str, Any]:
+    """The fields of a config that decide what a distillation makes."""
+    return {k: v for k, v in config.to_dict().items() if k not in _FREE}
+
+
 def identity(config: DistillConfig, trained, gap, layer_ids, text: str, weights: str) -> str:
     """A name for one distillation: equal only where a checkpoint of one may be carried on by the other."""
-    values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
-    whole = json.dumps([values, list(trained), list(gap), list(layer_ids), text, weights], sort_keys=True)
+    whole = json.dumps(
+        [decisive(config), list(trained), list(gap), list(layer_ids), text, weights], sort_keys=True
+    )
     return hashlib.sha256(whole.encode()).hexdigest()
 
 

@@ -64,7 +64,7 @@ class DistillStep(nn.Module):
         # The published formula adds both terms, even where the last trainable layer is the last layer.
         both = config.reduction == "paper" and config.hidden_at == "last_trainable+last" and len(points) == 1
         self.times = 2 if both else 1
-        self.squares = torch.zeros(2)
+        self.squares = torch.zeros(2, device=student.device)  # no copy to the host in a backward hook
         self.bottoms: BottomStore | None = None
 
     def keep_bottoms(self, rows: int, block: int, limit: int) -> int:

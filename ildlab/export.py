@@ -6,6 +6,7 @@ student; only then is it moved to where it was asked for.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
@@ -84,13 +85,13 @@ def export(session: PruningSession, path: str | Path) -> tuple[Path, Verdict]:
     target = Path(path).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} exists and is not an empty folder: choose a new one for the checkpoint.")
-    dtype = getattr(torch, session.config.weights_dtype)
+    dtype = session.weights_dtype
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        save(session.student, session.tokenizer, scratch, dtype, teacher=session.config.teacher)
-        verdict = examine(scratch, session.student, session.tokenizer)
+        exact = save(session.student, session.tokenizer, scratch, dtype, teacher=session.config.teacher)
+        verdict = examine(scratch, session.student, session.tokenizer, exact=exact)
         (scratch / "README.md").write_text(model_card(session, verdict), encoding="utf-8")
         facts = {
             "teacher": session.config.teacher,
@@ -115,8 +116,14 @@ def export(session: PruningSession, path: str | Path) -> tuple[Path, Verdict]:
     return target, verdict
 
 
-def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teacher: str) -> None:
-    """Save a stack's model and tokenizer in `dtype`, its layer ids recorded in the config."""
+def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teacher: str) -> bool:
+    """Save a stack's model and tokenizer in `dtype`, its layer ids recorded in the config.
+
+    Returns
+    -------
+    bool
+        Whether `dtype` holds every weight exactly.
+    """
     config = stack.model.config
     text = stack.config
     before = (text.__dict__.get("ildlab"), config.dtype)
@@ -127,8 +134,10 @@ def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teac
                  for name, tensor in stack.model.state_dict().items()}  # fmt: skip
         # Tied tensors must stay one tensor after the cast, or they would be saved twice.
         once: dict[int, Tensor] = {}
+        exact = True
         for name, original in stack.model.state_dict().items():
             state[name] = once.setdefault(original.data_ptr(), state[name])
+            exact = exact and torch.equal(state[name].to(original.dtype), original)
         with quiet():
             stack.model.save_pretrained(folder, state_dict=state)
         # transformers writes the dtype of the model in memory; the file is what `dtype` says.
@@ -144,11 +153,20 @@ def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teac
         else:
             text.ildlab = before[0]
     tokenizer.save_pretrained(folder)
+    return exact
 
 
 @torch.no_grad()
-def examine(folder: str | Path, student: LayerStack, tokenizer) -> Verdict:
+def examine(folder: str | Path, student: LayerStack, tokenizer, *, exact: bool = True) -> Verdict:
     """Load a checkpoint with stock transformers and compare it with the student that it is to be.
+
+    Parameters
+    ----------
+    folder : path
+    student : LayerStack
+    tokenizer
+    exact : bool
+        The checkpoint's dtype holds every weight of the student; else its logits may differ by the rounding.
 
     Raises
     ------
@@ -172,8 +190,7 @@ def examine(folder: str | Path, student: LayerStack, tokenizer) -> Verdict:
     want = student.model(input_ids=ids, use_cache=False).logits.float()
     got = model(input_ids=ids, use_cache=False).logits.float()
     error = float((want - got).abs().max() / want.abs().max())
-    # Stored weights are the student's own, rounded already: only reduced dtypes may differ at all.
-    if not error <= (1e-5 if student.model.dtype == torch.float32 else 2e-2):
+    if not error <= (5e-2 if not exact else 1e-5 if student.model.dtype == torch.float32 else 2e-2):
         raise ExportError(
             f"The checkpoint's logits differ from the student's by {error:.2g} of the largest logit: "
             "the saved model is not the student. Nothing was exported."
@@ -184,6 +201,47 @@ def examine(folder: str | Path, student: LayerStack, tokenizer) -> Verdict:
     return Verdict(
         error, torch.equal(with_cache, without), model.config.get_text_config().num_hidden_layers, text
     )
+
+
+def check_describable(stack: LayerStack) -> None:
+    """Find out, before anything is removed, whether the family's config can describe a stack that lacks a layer.
+
+    Where the kinds of layers follow from a period (Jamba), or from anything else that is no list in the config,
+    a student without its first layer is another model than the config says.
+
+    Raises
+    ------
+    ExportError
+        It cannot: such a student could be neither saved nor run with a KV cache.
+    """
+    if len(stack) < 2:
+        return
+    trial = stack.share()
+    kinds = _kinds(trial.config)
+    trial.remove(trial.layer_ids[0])
+    wanted = {name: tuple(tensor.shape) for name, tensor in trial.model.state_dict().items()}
+    config = copy.deepcopy(trial.model.config)
+    try:
+        with torch.device("meta"), quiet():
+            built = type(trial.model)(config)
+    except (RuntimeError, NotImplementedError):
+        return  # it computes with weights while it is built: only the doctor can tell
+    found = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+    if found != wanted or _kinds(trial.config) != kinds[1:]:
+        odd = sorted(set(found) ^ set(wanted)) or sorted(n for n in found if found[n] != wanted[n]) or kinds
+        raise ExportError(
+            f"{type(stack.model).__name__} cannot lose a layer: its config tells the kinds of layers by a rule, not by a "
+            f"list, so that a model without one cannot be described (first difference: {odd[0]})."
+        )
+
+
+def _kinds(config) -> list:
+    """Kinds of the layers by position, as the config tells them; empty where it tells none."""
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(config, name, None)
+        if isinstance(kinds, (list, tuple)) and len(kinds) == config.num_hidden_layers:
+            return list(kinds)
+    return []
 
 
 @torch.no_grad()

@@ -20,7 +20,9 @@ from typing import Any
 from .errors import SuiteError, first_line
 from .tasks import check_row
 
-PARQUET = "refs/convert/parquet"  # where the Hub keeps a data set as Parquet, whatever script makes it on main
+PARQUET = (
+    "refs/convert/parquet"  # where the Hub keeps a data set as Parquet, whatever script makes it on main
+)
 
 
 def load_rows(spec: dict[str, Any], where: str, hub_root: str | Path | None) -> tuple[list[dict], list[dict]]:

@@ -222,7 +222,9 @@ _RECURRENT = ("linear", "mamba", "conv", "recurrent", "hybrid")
 
 def _tree_limit(config: Any) -> int:
     """Tokens in a tree that no window of the attention reaches around; 0 where layers are recurrent."""
-    kinds = " ".join(map(str, getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()))
+    kinds = " ".join(
+        map(str, getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
+    )
     if any(word in kinds for word in _RECURRENT):
         return 0
     limits = [getattr(config, "max_position_embeddings", None)]  # columns: GPT-Neo's own mask has so many

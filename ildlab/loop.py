@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .distill_config import DistillConfig
 from .errors import SessionError
+from .journal import CHANGES_STUDENT
 from .progress import Progress, relabel
 from .suites import load_suite
 
@@ -36,7 +37,7 @@ class RunSettings:
 def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progress, None, pd.DataFrame]:
     """Run the loop on a session; see `PruningSession.run`."""
     settings, resuming = _checked(session, settings)
-    if resuming and session.steps[-1].action == "undo" and session.steps[-1].args["reason"] == "max_loss":
+    if resuming and _stopped_by_loss(session):
         return session.history()
     goal = settings.target_layers or 1
     if not resuming:
@@ -49,6 +50,10 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         left = len(session.student)
         done = total - (left - goal)
         phase = next_phase(session, settings.distill)
+        # Judged from the journal, so that a run that was killed right after an evaluation gets its verdict too.
+        if phase == "measure" and _undo_if_over(session, settings.max_loss):
+            yield Progress(done, total, f"quality loss is over {settings.max_loss}: step undone")
+            break
         if phase == "measure" and left <= goal:
             if not settings.final or _finally_distilled(session, settings.final):
                 break
@@ -78,11 +83,6 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
             if found.aggregate is not None:
                 note += f", aggregate {found.aggregate:.3f} (quality loss {found.quality_loss:+.1%})"
             yield Progress(done, total, note, found, "result")
-            if next_phase(session, settings.distill) == "measure" and _undo_if_over(
-                session, settings.max_loss
-            ):
-                yield Progress(done, total, f"quality loss is over {settings.max_loss}: step undone")
-                break
     return session.history()
 
 
@@ -98,8 +98,8 @@ def next_phase(session: PruningSession, distill: bool = True) -> str:
     for step in session.path:
         if step.action in ("remove", "create"):
             actions = [step.action]
-        elif step.action in ("measure", "heal", "distill", "evaluate"):
-            actions.append(step.action)
+        elif step.action in ("measure", "heal", "distill", "evaluate") and "stopped_at" not in step.result:
+            actions.append(step.action)  # a distillation that was stopped part-way is no whole one
     if actions[-1] == "measure":
         return "remove"
     # A measure after the removal says that a person went on without the rest of the iteration.
@@ -159,11 +159,26 @@ def _checked(session: PruningSession, settings: RunSettings) -> tuple[RunSetting
     return settings, resuming
 
 
+def _stopped_by_loss(session: PruningSession) -> bool:
+    """Whether the latest run ended by its limit, and the student is still the one that it left."""
+    last_run = max(s.step for s in session.steps if s.action == "run")
+    for step in reversed(session.steps[last_run:]):
+        if step.action == "undo":
+            return step.args["reason"] == "max_loss"
+        if step.action in CHANGES_STUDENT:
+            return False
+    return False
+
+
 def _undo_if_over(session: PruningSession, limit: float | None) -> bool:
-    """Undo the iteration that took the quality loss over the limit; the last good student is kept."""
-    if limit is None or session.path[-1].result["loss"] <= limit:
+    """Undo this run's iteration that took the quality loss over the limit; the last good student is kept."""
+    last, started = session.path[-1], max(s.step for s in session.steps if s.action == "run")
+    if limit is None or last.action != "evaluate" or last.result["loss"] <= limit:
         return False
-    removal = [step for step in session.path if step.action == "remove"][-1]
+    removals = [step for step in session.path if step.action == "remove" and step.step > started]
+    if not removals:  # what a person removed before the run is theirs
+        return False
+    removal = removals[-1]
     before = session.journal.path_to(removal.parent)
     good = [step for step in before if step.action not in ("measure", "run")][-1]
     session.undo(good.step, reason="max_loss")

@@ -293,13 +293,13 @@ def measure_steps(
             raise MeasureError(f"positions=: {metric!r} needs no head, so that all positions are scored.")
         from .influence import one_pass_steps
 
-        _check_options(one_pass_steps, metric, options)
+        check_options(metric, options)
         work = one_pass_steps(student, rows, metric, positions=positions, batch_size=batch_size, seed=seed,
                               confidence=confidence, **options)  # fmt: skip
     else:
         from .ablation import ablation_steps
 
-        _check_options(ablation_steps, metric, options)
+        check_options(metric, options)
         work = ablation_steps(student, rows, metric, teacher, race=race, positions=positions,
                               batch_size=batch_size, seed=seed, confidence=confidence, **options)  # fmt: skip
     return (yield from work)
@@ -365,12 +365,46 @@ def measure(
     return drive(work, desc=f"measure {metric}", show=show)
 
 
-def _check_options(steps, metric: str, options: dict) -> None:
-    known = set(inspect.signature(steps).parameters) - {"student", "rows", "metric", "teacher", "suite"}
-    if unknown := sorted(set(options) - known):
-        raise MeasureError(
-            f"measure({metric!r}) has no option {unknown[0]!r}. It has: {', '.join(sorted(known))}."
-        )
+def _work_of(metric: str):
+    """The generator function that a metric is measured by.
+
+    Raises
+    ------
+    MeasureError
+        There is no such metric.
+    """
+    if metric not in METRICS:
+        raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
+    if metric == "task":
+        from .task_ablation import task_steps as work
+    elif metric in ONE_PASS:
+        from .influence import one_pass_steps as work
+    else:
+        from .ablation import ablation_steps as work
+    return work
+
+
+def options_of(metric: str) -> set[str]:
+    """Names of the options that `measure` takes for a metric.
+
+    Raises
+    ------
+    MeasureError
+        There is no such metric.
+    """
+    known = set(inspect.signature(_work_of(metric)).parameters) - {"student", "rows", "metric", "teacher"}
+    return known - {"positions"} if metric in ONE_PASS and metric != "taylor" else known
+
+
+def check_options(metric: str, options: dict) -> None:
+    """Raise MeasureError where `measure` has no such metric, or the metric no such option."""
+    known = options_of(metric)
+    for name, value in options.items():
+        idle = value is None or value is False  # race=False, positions=None: any metric can leave these out
+        if name not in known and not (name in ("race", "positions") and idle):
+            raise MeasureError(
+                f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(known))}."
+            )
 
 
 def _task_steps(student, *, suite=None, **options):
@@ -379,5 +413,5 @@ def _task_steps(student, *, suite=None, **options):
 
     if suite is None:
         raise MeasureError("The metric 'task' needs a suite: give suite= (and tokenizer=).")
-    _check_options(task_steps, "task", options)
+    check_options("task", options)
     return (yield from task_steps(student, suite=suite, **options))

@@ -8,27 +8,34 @@ last checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .distill import DistillConfig, distill_steps, resolve_scope
+from .distill import distill_steps
+from .distill_config import DistillConfig, match_points, resolve_scope
+from .distill_state import decisive
 from .errors import DistillError, JournalError, NotFiniteError, SessionError
 from .evaluate import Evaluation, evaluate_steps
+from .export import check_describable
 from .heal import HealResult, heal_steps
 from .history import history_table, losses_table
 from .journal import CHANGES_STUDENT, Journal, Step
 from .loop import RunSettings, run_steps
 from .models import LoadedModel, load_model
 from .progress import Progress, drive, relabel
-from .scores import LayerScores, measure_steps
-from .session_config import SessionConfig, fingerprint
+from .scores import LayerScores, measure_steps, options_of
+from .session_config import SessionConfig, fingerprint, storage_dtype
 from .stack import LayerStack
 from .text import TextBlocks, load_text
 
@@ -54,6 +61,7 @@ class PruningSession:
         self.tokenizer = loaded.tokenizer
         self.teacher = LayerStack(loaded.model)
         self._text: dict[tuple[str, int, str, int], TextBlocks] = {}
+        self._action, self._busy = "", threading.Lock()
         self.student = self.teacher.share()
 
     # ------------------------------------------------------- making, opening
@@ -82,14 +90,15 @@ class PruningSession:
 
         Raises
         ------
-        SessionError, ModelError, TextError, JournalError
-            Before anything is written, where an argument is wrong.
+        SessionError, ModelError, ExportError, TextError, JournalError
+            Before anything is written, where an argument is wrong, or the model cannot lose a layer.
         """
         given = isinstance(teacher, LoadedModel)
         config = SessionConfig.of(teacher.name if given else teacher, settings)  # before the model is loaded
         loaded = teacher if given else load_model(teacher, dtype=dtype, device=device)
         config = replace(config, teacher=loaded.name)
         stack = LayerStack(loaded.model)
+        check_describable(stack)
         load_text(
             config.text,
             loaded.tokenizer,
@@ -164,6 +173,34 @@ class PruningSession:
         self.close()
 
     # ---------------------------------------------------------------- looking
+
+    @cached_property
+    def weights_dtype(self) -> torch.dtype:
+        """dtype that changed weights are rounded to and stored in, and of exported checkpoints."""
+        if self.config.weights_dtype != "auto":
+            return getattr(torch, self.config.weights_dtype)
+        return storage_dtype(self.teacher)
+
+    @contextmanager
+    def acting(self, action: str) -> Iterator[None]:
+        """Hold the session for one action: two at a time would work on a student that the other one changes.
+
+        Raises
+        ------
+        SessionError
+            Another action is in hand: in the stepper, in another thread, or a generator that was begun and
+            neither ended nor closed.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise SessionError(
+                f"Cannot {action} now: the session is in the middle of {self._action}. Let it end, or stop it first "
+                "(a generator such as distill_steps() is stopped by its close())."
+            )
+        self._action = action
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     @property
     def steps(self) -> list[Step]:
@@ -265,7 +302,8 @@ class PruningSession:
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
         if ids.shape[1] == 0:
             raise SessionError("The prompt is empty: give it at least one word.")
-        return self.tokenizer.decode(greedy(stack.model, ids.to(stack.device), tokens=tokens)[0])
+        with self.acting("generate"):
+            return self.tokenizer.decode(greedy(stack.model, ids.to(stack.device), tokens=tokens)[0])
 
     def __repr__(self) -> str:
         return (
@@ -289,24 +327,26 @@ class PruningSession:
         self, metric: str | None = None, **options: Any
     ) -> Generator[Progress, None, LayerScores]:
         """Score today's layers; see `measure`."""
-        metric, given = metric or self.config.metric, options
-        options = {**self.config.measure, **options}
+        metric = metric or self.config.metric
+        # Of the run's options, those that this metric has: a race is none of a metric of one pass.
+        inherited = {k: v for k, v in self.config.measure.items() if k in options_of(metric)}
+        options = {**inherited, **options}
         seed = options.pop("seed", self._seed())
-        if metric == "task":  # it scores a suite's answers, not positions of a text
-            options = {k: v for k, v in options.items() if k in given or k != "positions"}
+        if metric == "task":
             options.setdefault("suite", self.config.suite)
         needs = {"tokenizer": self.tokenizer} if metric == "task" else {}
-        started = time.perf_counter()
-        scores = yield from measure_steps(
-            self.student, self.text("calibration"), metric, self.teacher, seed=seed, **options, **needs
-        )
-        self._append(
-            "measure",
-            args={"metric": metric, **options},
-            result={"scores": scores.to_dict()},
-            seed=seed,
-            seconds=time.perf_counter() - started,
-        )
+        with self.acting("measure"):
+            started = time.perf_counter()
+            scores = yield from measure_steps(
+                self.student, self.text("calibration"), metric, self.teacher, seed=seed, **options, **needs
+            )
+            self._append(
+                "measure",
+                args={"metric": metric, **options},
+                result={"scores": scores.to_dict()},
+                seed=seed,
+                seconds=time.perf_counter() - started,
+            )
         return scores
 
     def measure(self, metric: str | None = None, *, show: bool | None = None, **options: Any) -> LayerScores:
@@ -348,35 +388,37 @@ class PruningSession:
         if scores is not None and layer_id in scores.table.index:
             score = float(scores.table.loc[layer_id, "score"])
         left = [i for i in self.student.layer_ids if i != layer_id]
-        # The journal first: if it cannot be written, the student has not changed either.
-        self.journal.append(
-            "remove",
-            layer_ids=left,
-            args={"layer_id": layer_id, "score": score, "metric": scores.metric if scores else None},
-            seed=self._seed(),
-        )
-        self.student.remove(layer_id)
+        with self.acting("remove a layer"):
+            # The journal first: if it cannot be written, the student has not changed either.
+            self.journal.append(
+                "remove",
+                layer_ids=left,
+                args={"layer_id": layer_id, "score": score, "metric": scores.metric if scores else None},
+                seed=self._seed(),
+            )
+            self.student.remove(layer_id)
         return layer_id
 
     def heal_steps(self, **options: Any) -> Generator[Progress, None, HealResult]:
         """Repair the gap in closed form; see `heal`."""
-        gap = self._gap()
-        started = time.perf_counter()
-        try:
-            result = yield from heal_steps(
-                self.student, self.teacher, self.text("calibration"), gap, **options
+        with self.acting("heal"):
+            gap = self._gap()
+            started = time.perf_counter()
+            try:
+                result = yield from heal_steps(
+                    self.student, self.teacher, self.text("calibration"), gap, **options
+                )
+            except BaseException:
+                self.student = self.student_at(self.journal.head.step)
+                raise
+            changed = [result.layer_id] if result.kept else []
+            self._commit(
+                "heal",
+                changed,
+                args={"gap": gap, **options},
+                result=_plain(result.to_dict()),
+                seconds=time.perf_counter() - started,
             )
-        except BaseException:
-            self.student = self.student_at(self.journal.head.step)
-            raise
-        changed = [result.layer_id] if result.kept else []
-        self._commit(
-            "heal",
-            changed,
-            args={"gap": gap, **options},
-            result=_plain(result.to_dict()),
-            seconds=time.perf_counter() - started,
-        )
         return result
 
     def heal(self, *, show: bool | None = None, **options: Any) -> HealResult:
@@ -401,13 +443,19 @@ class PruningSession:
         config = config or DistillConfig.from_dict(self.config.distill)
         if changes:
             config = DistillConfig.from_dict({**config.to_dict(), **changes})
+        with self.acting("distill"):
+            return (yield from self._distill_steps(config, text, gap))
+
+    def _distill_steps(self, config: DistillConfig, text: str | None, gap: Sequence[int] | None):
         gap = self._gap() if gap is None else self._removed_before(gap)
-        number = len(self.steps)
-        seed = changes.get("seed", self._seed())
+        seed = self._seed() if config.seed is None else config.seed
         config = replace(config, seed=seed)
-        checkpoint = self.folder / "checkpoint"
-        _forget_other_checkpoint(checkpoint, self.journal.head.step, config, text, gap)
-        metrics = self.folder / "metrics" / f"{number:03d}.jsonl"
+        # All that can be wrong is found out before anything of an interrupted distillation is set aside.
+        config.check()
+        match_points(config, self.student, resolve_scope(config.scope, self.student, gap))
+        changed = [step.step for step in self.path if step.action in CHANGES_STUDENT]
+        checkpoint = _checkpoint_of(self.folder / "checkpoint", changed, config, text, gap)
+        metrics = self.folder / "metrics" / f"{len(self.steps):03d}.jsonl"
         started = time.perf_counter()
         work = distill_steps(
             self.student,
@@ -415,7 +463,7 @@ class PruningSession:
             self.text("train", text, config.tokens),
             config,
             gap=gap,
-            checkpoint=checkpoint / "state",
+            checkpoint=checkpoint,
             metrics_path=metrics,
         )
         last: Progress | None = None
@@ -432,6 +480,7 @@ class PruningSession:
             if last is not None and last.done > 0:
                 trained = resolve_scope(config.scope, self.student, gap)
                 self._commit_distill(trained, config, gap, {"stopped_at": last.done}, seed, started)
+                checkpoint.unlink(missing_ok=True)  # what it holds is journaled now
             raise
         except BaseException as error:
             # Whatever went wrong, today's student is again the one of the journal.
@@ -446,7 +495,7 @@ class PruningSession:
             "last": _plain(result.history.iloc[-1].to_dict()),
         }
         self._commit_distill(result.trained, config, gap, summary, seed, started)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
         return result
 
     def distill(
@@ -471,7 +520,7 @@ class PruningSession:
             layer ever removed). By default those removed since the last distillation.
         **changes
             Fields of the config to change for this step. `tokens` above the run's `train_tokens` draws more text;
-            without a `seed`, data order follows the place in the run.
+            without a `seed` (None), data order follows the place in the run.
 
         Returns
         -------
@@ -497,40 +546,41 @@ class PruningSession:
         blocks = self.text("eval")
         # Perplexity and even the aggregate can look fine while copying has collapsed.
         options.setdefault("canaries", True)
-        started = time.perf_counter()
-        teacher = self._teacher_evaluation(suite)
-        found = yield from evaluate_steps(
-            self.student,
-            self.teacher,
-            blocks,
-            tokenizer=self.tokenizer,
-            suite=suite,
-            teacher_record=teacher.teacher_record() if teacher else None,
-            cache=cache or self.folder / "suites",
-            **options,
-        )
-        bare_figures = None
-        if undistilled and self.trained:
-            # What the same removals cost without any distillation: the other curve of the paper's figure.
-            bare = self.teacher.share()
-            for layer_id in self.removed:
-                bare.remove(layer_id)
-            work = evaluate_steps(bare, self.teacher, blocks, speed=False)
-            plain = yield from relabel(work, "(never distilled) ")
-            bare_figures = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
-        self._append(
-            "evaluate",
-            args={"suite": suite},
-            result=_plain(
-                {
-                    "evaluation": found.to_dict(),
-                    "undistilled": bare_figures,
-                    "loss": quality_loss(found),
-                    "aggregate": found.aggregate,
-                }
-            ),
-            seconds=time.perf_counter() - started,
-        )
+        with self.acting("evaluate"):
+            started = time.perf_counter()
+            teacher = self._teacher_evaluation(suite)
+            found = yield from evaluate_steps(
+                self.student,
+                self.teacher,
+                blocks,
+                tokenizer=self.tokenizer,
+                suite=suite,
+                teacher_record=teacher.teacher_record() if teacher else None,
+                cache=cache or self.folder / "suites",
+                **options,
+            )
+            bare_figures = None
+            if undistilled and self.trained:
+                # What the same removals cost without any distillation: the other curve of the paper's figure.
+                bare = self.teacher.share()
+                for layer_id in self.removed:
+                    bare.remove(layer_id)
+                work = evaluate_steps(bare, self.teacher, blocks, speed=False)
+                plain = yield from relabel(work, "(never distilled) ")
+                bare_figures = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
+            self._append(
+                "evaluate",
+                args={"suite": suite},
+                result=_plain(
+                    {
+                        "evaluation": found.to_dict(),
+                        "undistilled": bare_figures,
+                        "loss": quality_loss(found),
+                        "aggregate": found.aggregate,
+                    }
+                ),
+                seconds=time.perf_counter() - started,
+            )
         return found
 
     def evaluate(
@@ -579,9 +629,10 @@ class PruningSession:
             raise SessionError(
                 f"Step {to} is itself an undo: go to step {self.steps[to].args['to']} instead."
             )
-        student = self.student_at(to)
-        self.journal.append("undo", layer_ids=student.layer_ids, args={"to": to, "reason": reason})
-        self.student = student
+        with self.acting("undo"):
+            student = self.student_at(to)
+            self.journal.append("undo", layer_ids=student.layer_ids, args={"to": to, "reason": reason})
+            self.student = student
         return self.journal.head
 
     def branch(self, folder: str | Path, step: int | None = None) -> PruningSession:
@@ -605,6 +656,10 @@ class PruningSession:
                 seconds=record.seconds,
             )
             assert other.steps[-1].step == number
+            curves = self.folder / "metrics" / f"{record.step:03d}.jsonl"
+            if curves.is_file():
+                (other.folder / "metrics").mkdir(exist_ok=True)
+                shutil.copyfile(curves, other.folder / "metrics" / f"{number:03d}.jsonl")
         session = PruningSession(other, self.loaded)
         session.student = session.student_at(other.head.step)
         return session
@@ -613,14 +668,15 @@ class PruningSession:
         """Write today's student as a plain Hugging Face checkpoint, and prove it by loading it again."""
         from .export import export
 
-        started = time.perf_counter()
-        where, verdict = export(self, path)
-        self._append(
-            "export",
-            args={"path": str(path)},
-            result={"verdict": str(verdict), **asdict(verdict)},
-            seconds=time.perf_counter() - started,
-        )
+        with self.acting("export"):
+            started = time.perf_counter()
+            where, verdict = export(self, path)
+            self._append(
+                "export",
+                args={"path": str(path)},
+                result={"verdict": str(verdict), **asdict(verdict)},
+                seconds=time.perf_counter() - started,
+            )
         return where
 
     # ---------------------------------------------------------------- the loop
@@ -720,7 +776,7 @@ class PruningSession:
 
     def _commit(self, action: str, changed: list[int], **fields: Any) -> None:
         """Journal a step that changed the weights of some layers, rounded to what is stored."""
-        dtype = getattr(torch, self.config.weights_dtype)
+        dtype = self.weights_dtype
         tensors = {}
         for layer_id in changed:
             layer = self.student.layers[self.student.position(layer_id)]
@@ -770,18 +826,14 @@ def _own_layers(student: LayerStack, teacher: LayerStack) -> list[int]:
     return own
 
 
-def _forget_other_checkpoint(
-    folder: Path, step: int, config: DistillConfig, text: str | None, gap: list[int]
-) -> None:
-    """Keep the checkpoint of an interrupted distillation only if it is of this very step."""
+def _checkpoint_of(
+    folder: Path, changed: list[int], config: DistillConfig, text: str | None, gap: list[int]
+) -> Path:
+    """File for the checkpoints of this very distillation: another one's, of other settings, stays where it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"after_step": step, "config": config.to_dict(), "text": text, "gap": gap}
-    wanted = json.dumps(content, sort_keys=True)
-    of = folder / "of.json"
-    if not of.is_file() or of.read_text() != wanted:
-        shutil.rmtree(folder)
-        folder.mkdir()
-        of.write_text(wanted)
+    content = {"after_steps": changed, "config": decisive(config), "text": text, "gap": gap}
+    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"{name}.safetensors"
 
 
 def _plain(value: Any) -> Any:

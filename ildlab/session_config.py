@@ -10,9 +10,12 @@ import torch
 
 from .distill_config import DistillConfig
 from .errors import SessionError
-from .scores import METRICS
+from .scores import check_options
 from .stack import LayerStack
 from .suites import load_suite
+
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class SessionConfig:
         Suite whose aggregate decides; without one, perplexity does.
     seed : int
     weights_dtype : str
-        dtype of stored and exported weights. Trained weights are rounded to it when a distillation
-        ends, so that the student in memory is the one on disk.
+        dtype of stored and exported weights: "bfloat16", "float16", "float32", or "auto": bf16 where that holds
+        every weight of the teacher exactly, else the dtype that it is loaded in. Trained weights are rounded to
+        it when a distillation ends, so that the student in memory is the one on disk.
     """
 
     teacher: str
@@ -60,7 +64,7 @@ class SessionConfig:
     heal: bool = False
     suite: str | None = None
     seed: int = 0
-    weights_dtype: str = "bfloat16"
+    weights_dtype: str = "auto"
 
     @classmethod
     def of(cls, teacher: str, settings: dict[str, Any]) -> SessionConfig:
@@ -68,7 +72,7 @@ class SessionConfig:
 
         Raises
         ------
-        SessionError, DistillError, SuiteError
+        SessionError, DistillError, MeasureError, SuiteError
             An unknown setting, or one that a run would only trip over after its first removal.
         """
         known = cls.__dataclass_fields__
@@ -78,9 +82,8 @@ class SessionConfig:
         if isinstance(settings.get("distill"), DistillConfig):
             settings = {**settings, "distill": settings["distill"].to_dict()}
         config = cls(teacher=teacher, **settings)
-        DistillConfig.from_dict(config.distill)
-        if config.metric not in METRICS:
-            raise SessionError(f"There is no metric {config.metric!r}. Choose one of: {', '.join(METRICS)}.")
+        DistillConfig.from_dict(config.distill).check()
+        check_options(config.metric, config.measure)
         if config.suite is not None:
             load_suite(config.suite)
         for name in ("calibration_tokens", "train_tokens", "eval_tokens"):
@@ -88,11 +91,21 @@ class SessionConfig:
                 raise SessionError(
                     f"{name} is {getattr(config, name)}: give at least two blocks, {2 * config.block} tokens."
                 )
-        if not isinstance(getattr(torch, config.weights_dtype, None), torch.dtype):
+        if config.weights_dtype not in DTYPES:
             raise SessionError(
-                f"weights_dtype {config.weights_dtype!r} is not a dtype: use 'bfloat16' or 'float32'."
+                f"weights_dtype {config.weights_dtype!r} is no dtype for weights: choose one of {', '.join(DTYPES)}."
             )
         return config
+
+
+def storage_dtype(stack: LayerStack) -> torch.dtype:
+    """bf16 where it holds every weight of the model exactly, else the dtype that the model is loaded in."""
+    dtype = stack.model.dtype
+    for tensor in stack.model.parameters():
+        # Of an offloaded weight nothing is known: it is stored as it was loaded.
+        if tensor.is_meta or not torch.equal(tensor, tensor.to(torch.bfloat16).to(tensor.dtype)):
+            return dtype
+    return torch.bfloat16
 
 
 def fingerprint(stack: LayerStack) -> str:

@@ -405,7 +405,8 @@ def shared_prefix(student: LayerStack, teacher: LayerStack) -> int:
         student.layers, teacher.layers, student.layer_ids, teacher.layer_ids, strict=False
     ):
         same = my_id == their_id and all(
-            a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())  # meta: offloaded, no address
+            a is b
+            or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())  # meta: offloaded, no address
             for a, b in zip(mine.parameters(), theirs.parameters(), strict=True)
         )
         if not same:

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import stepper_figures as figures
 from .progress import Progress
-from .scores import ONE_PASS
+from .scores import options_of
 from .session import PruningSession
 from .stepper_controls import DEFAULTS, LOSSES, Controls
 from .stepper_strip import Strip
@@ -172,7 +172,7 @@ class Stepper(Controls):
         session = self.session
         layers = len(session.student)
         blocks = session.config.calibration_tokens // session.config.block
-        racing = self.metric.value not in ONE_PASS
+        racing = "race" in options_of(self.metric.value)
         self.race.disabled = not racing
         kind = f"{layers} branches × {blocks} blocks" if racing else f"one pass over {blocks} blocks"
         past = [s for s in session.steps if s.action == "measure" and s.args["metric"] == self.metric.value]
@@ -246,8 +246,8 @@ class Stepper(Controls):
                 self._next_figure = end + (end - start) / DRAWING_SHARE
 
     def _measure(self) -> None:
-        options = {} if self.metric.value in ONE_PASS else {"race": self.race.value}
         metric = self.metric.value
+        options = {"race": self.race.value} if "race" in options_of(metric) else {}
 
         def done(scores) -> str:
             return (
@@ -255,11 +255,7 @@ class Stepper(Controls):
                 f"(probability {scores.separation():.2f})."
             )
 
-        def make():
-            inherited = self.session.config.measure if metric not in ONE_PASS else {}
-            return self.session.measure_steps(metric, **{**inherited, **options})
-
-        self._job("Measure", make, done)
+        self._job("Measure", lambda: self.session.measure_steps(metric, **options), done)
 
     def _toggle(self) -> None:
         layer_id = self.strip.selected

@@ -144,7 +144,9 @@ class Task:
     def prompt(self, index: int, context: str) -> str:
         """Put the headline and the few-shot examples of row `index` before its context."""
         row = self.rows[index]
-        others = (shot for shot in self.shots or self.rows if shot != row)  # nor a copy of it: it holds the answer
+        others = (
+            shot for shot in self.shots or self.rows if shot != row
+        )  # nor a copy of it: it holds the answer
         chosen = [shot for shot in others if shot.get("group") == row.get("group")][: self.fewshot]
         return (
             row.get("headline", "")

@@ -81,21 +81,22 @@ def what_if_steps(
     Raises
     ------
     SessionError
-        The prompt is empty, or a layer is not in the student.
+        The prompt is empty, a layer is not in the student, or the session is busy.
     """
     ids = session.tokenizer(prompt, return_tensors="pt").input_ids
     if ids.shape[1] == 0:
         raise SessionError("The prompt is empty: type at least one word.")
-    student, teacher = session.student, session.teacher
-    ids = ids.to(student.device)
-    text = session.text("eval").tokens[:blocks].long()
-    yield Progress(0, 2, "teacher")
-    said = _words(teacher, session.tokenizer, ids, tokens)
-    reference, nll_t = _log_probabilities(teacher, text)
-    yield Progress(1, 2, "student")
-    with student.without(list(off)):
-        answer = _words(student, session.tokenizer, ids, tokens)
-        own, nll_s = _log_probabilities(student, text)
+    with session.acting("ask what if"):
+        student, teacher = session.student, session.teacher
+        ids = ids.to(student.device)
+        text = session.text("eval").tokens[:blocks].long()
+        yield Progress(0, 2, "teacher")
+        said = _words(teacher, session.tokenizer, ids, tokens)
+        reference, nll_t = _log_probabilities(teacher, text)
+        yield Progress(1, 2, "student")
+        with student.without(list(off)):
+            answer = _words(student, session.tokenizer, ids, tokens)
+            own, nll_s = _log_probabilities(student, text)
     kl = float((reference.exp() * (reference - own)).sum(-1).mean())
     return WhatIf(prompt, tuple(off), answer, said, math.exp(nll_s), math.exp(nll_t), kl)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ildlab.diagnose import diagnose
-from ildlab.distill import resolve_scope
+from ildlab.distill_config import DistillConfig, resolve_scope
 from ildlab.errors import (
     DistillError,
     ExportError,
@@ -24,6 +24,7 @@ from ildlab.errors import (
 )
 from ildlab.history import history_table, task_table
 from ildlab.loop import next_phase
+from ildlab.models import LoadedModel
 from ildlab.session import PruningSession
 from ildlab.session_config import SessionConfig
 
@@ -205,11 +206,16 @@ def test_branch_has_a_life_of_its_own(make, tmp_path):
     session = make()
     session.remove(1)
     session.distill()
+    session.undo()
+    session.remove(2)
+    session.distill()  # as a step of another number in the branch
     branch = session.branch(tmp_path / "branch")
     assert same(session, branch)
+    pd.testing.assert_frame_equal(branch.losses(), session.losses())
+    assert len(branch.losses()) > 0
     branch.remove(3)
     session.remove(4)
-    assert (branch.removed, session.removed) == ([1, 3], [1, 4])
+    assert (branch.removed, session.removed) == ([1, 2, 3], [1, 2, 4])
     branch.close()
 
 
@@ -219,9 +225,30 @@ def test_max_loss_undoes_the_step(make):
     # A random model without a layer is surely another model.
     assert session.removed == [] and len(session.student) == 6
     assert session.steps[-1].action == "undo" and session.steps[-1].args["reason"] == "max_loss"
+    session.export(session.folder / "checkpoint")  # what follows the verdict does not lift it
     count = len(session.steps)
     session.run(target_layers=2, max_loss=0.0001, distill=False)
     assert len(session.steps) == count
+
+
+def test_a_run_stopped_before_its_verdict_gets_it_when_it_goes_on(make):
+    session = make()
+    work = session.run_steps(target_layers=2, max_loss=0.0001, distill=False)
+    for progress in work:
+        if progress.stage == "result":  # the first student is over the limit, but not undone yet
+            break
+    work.close()
+    assert len(session.removed) == 1
+    session.run()
+    assert session.removed == [] and session.steps[-1].args["reason"] == "max_loss"
+
+
+def test_the_limit_undoes_nothing_that_a_person_removed(make):
+    session = make()
+    session.remove(3)
+    session.evaluate(speed=False)
+    session.run(target_layers=4, max_loss=0.0001, distill=False)
+    assert session.removed[0] == 3
 
 
 def test_the_aggregate_decides_where_there_is_a_suite(make, monkeypatch):
@@ -260,6 +287,90 @@ def test_task_as_metric_of_a_run_that_samples_positions(make):
     assert session.measure("task").metric == "task"
 
 
+def test_metrics_inherit_only_the_options_that_they_have(make):
+    session = make(measure={"positions": 8, "race": True})
+    for metric in ("block_influence", "angular_distance", "nll"):
+        assert session.measure(metric).metric == metric
+    assert session.steps[-1].args == {"metric": "nll", "positions": 8, "race": True}
+    with pytest.raises(MeasureError, match="can race"):
+        session.measure("block_influence", race=True)
+
+
+def test_one_action_at_a_time(make):
+    """A cell must not change the student that a distillation is training, in the stepper or in another thread."""
+    session = make()
+    session.remove(2)
+    work = session.distill_steps()
+    next(work)
+    steps = len(session.steps)
+    for action in (
+        session.undo, session.measure, session.evaluate, session.distill, session.heal,
+        lambda: session.remove(3), lambda: session.generate("def"), lambda: session.export("nowhere"),
+    ):  # fmt: skip
+        with pytest.raises(SessionError, match="in the middle of distill"):
+            action()
+    assert len(session.steps) == steps and session.removed == [2]
+    work.close()
+    session.undo()
+    assert session.removed == [2]  # the half distillation was a step of its own
+    session.undo()
+    assert session.removed == []
+
+
+def test_an_interrupted_distillation_survives_a_mistake(make):
+    whole = make("whole")
+    whole.remove(2)
+    whole.distill()
+    session = make("interrupted")
+    session.remove(2)
+    work = session.distill_steps(checkpoint_every=1)
+    for _ in range(3):
+        next(work)
+    with pytest.raises(MemoryError):
+        work.throw(MemoryError())
+    (checkpoint,) = (session.folder / "checkpoint").glob("*.safetensors")
+    with pytest.raises(DistillError, match="scope"):
+        session.distill(scope="everything")
+    session.evaluate(speed=False)  # a look at the student in between changes nothing either
+    # Settings that leave the result as it is do not begin it anew.
+    first = next(session.distill_steps(micro_batch=2, checkpoint_every=1))
+    assert first.done > 3
+    session.undo()
+    assert not checkpoint.exists()  # stopped, and so journaled
+
+
+def test_a_resumed_distillation_equals_an_unbroken_one(make):
+    whole, session = make("whole"), make("interrupted")
+    for each in (whole, session):
+        each.remove(2)
+    whole.distill()
+    work = session.distill_steps(checkpoint_every=1)
+    for _ in range(3):
+        next(work)
+    with pytest.raises(MemoryError):
+        work.throw(MemoryError())
+    session.close()
+    again = PruningSession.open(session.folder, dtype="float32")
+    again.distill()
+    assert same(again, whole)
+    assert len(again.losses()) == len(whole.losses())
+    assert not (again.folder / "checkpoint").exists()
+    again.close()
+
+
+def test_seeds_of_a_distillation(make):
+    session = make()
+    session.remove(2)
+    found = []
+    for seed in (1, 2, 1, None):
+        session.distill(DistillConfig(seed=seed, learning_rate=1e-3))
+        found.append(logits(session.student, session.tokenizer))
+        assert session.journal.head.args["config"]["seed"] == (1000 if seed is None else seed)
+        session.undo()
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[0], found[3])
+
+
 def test_phases_follow_what_a_person_did(make):
     session = make()
     assert next_phase(session) == "measure"
@@ -267,6 +378,11 @@ def test_phases_follow_what_a_person_did(make):
     assert next_phase(session) == "remove"
     session.remove()
     assert next_phase(session) == "evaluate removal"
+    session.evaluate(speed=False)
+    work = session.distill_steps()
+    next(work)
+    work.close()
+    assert next_phase(session) == "distill"  # what was stopped part-way is not done
     session.distill()
     assert next_phase(session) == "evaluate"
     session.evaluate()
@@ -367,8 +483,18 @@ def test_refusals_change_nothing(make, tmp_path, tiny_folder, text_file):
         create(text=str(tmp_path / "nowhere.txt"))
     with pytest.raises(SuiteError, match="no suite 'mini77'"):
         create(suite="mini77")
-    with pytest.raises(SessionError, match="no metric 'magic'"):
+    with pytest.raises(MeasureError, match="no metric 'magic'"):
         create(metric="magic")
+    with pytest.raises(MeasureError, match="no option 'rase'"):
+        create(measure={"rase": True})
+    with pytest.raises(SessionError, match="weights_dtype 'int8'"):
+        create(weights_dtype="int8")
+    for distill, match in (
+        ({"schedule": "cosin"}, "schedule"), ({"learning_rate": -1}, "learning_rate"),
+        ({"learning_rate": "5e-4"}, "write 5.0e-4"), ({"scope": "windw(2)"}, "scope"), ({"tokens": 1.5}, "tokens"),
+    ):  # fmt: skip
+        with pytest.raises(DistillError, match=match):
+            create(distill=distill)
     assert not (tmp_path / "other").exists()
     with pytest.raises(JournalError, match="already holds a run"):
         make()
@@ -378,6 +504,36 @@ def test_nothing_to_distill_before_a_removal(make):
     session = make()
     with pytest.raises(SessionError, match="Nothing was removed"):
         session.distill()
+
+
+def test_a_family_whose_config_cannot_describe_a_cut_is_refused_at_once(teacher, text_file, tmp_path):
+    """Jamba's kinds of layers follow from a period: without one layer, all above it would be of another kind."""
+    from transformers import JambaConfig, JambaForCausalLM
+
+    config = JambaConfig(
+        vocab_size=len(teacher.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=6,
+        num_attention_heads=2, num_key_value_heads=1, num_experts=2, mamba_d_state=4,
+    )  # fmt: skip
+    loaded = LoadedModel(JambaForCausalLM(config).eval().requires_grad_(False), teacher.tokenizer, "jamba")
+    with pytest.raises(ExportError, match="by a rule, not by a list"):
+        PruningSession.create(tmp_path / "run", loaded, text=str(text_file), **SETTINGS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("asked, stored", [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_a_teacher_that_bf16_does_not_hold(tiny, tiny_folder, text_file, tmp_path, asked, stored):
+    from transformers import AutoTokenizer
+
+    loaded = LoadedModel(tiny(5, vocab=320), AutoTokenizer.from_pretrained(tiny_folder), "fp32")
+    settings = {"text": str(text_file), **SETTINGS, "weights_dtype": asked}
+    with PruningSession.create(tmp_path / "run", loaded, **settings) as session:
+        session.remove(1)
+        session.distill(tokens=128)
+        folder = session.export(tmp_path / "out")
+        error = session.journal.head.result["logits_error"]
+        assert error < (1e-5 if asked == "auto" else 5e-2)
+        assert json.loads((folder / "config.json").read_text())["dtype"] == stored
+        assert same(PruningSession.open(session.folder, loaded), session)
 
 
 def test_another_teacher_is_refused(make, tiny, tiny_folder, tmp_path):
@@ -439,6 +595,7 @@ def test_export_refuses_a_checkpoint_that_is_not_the_student(make, tmp_path, mon
 KILLER = """
 import json, os, signal, sys
 import accelerate, transformers.models.llama  # once, for all children
+from ildlab.models import LoadedModel
 from ildlab.session import PruningSession
 
 for folder, phase, times in json.loads(sys.argv[1]):
@@ -464,12 +621,13 @@ for folder, phase, times in json.loads(sys.argv[1]):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_sigkill_in_each_phase(make):
     """A killed process loses the step in hand; the run ends as an unbroken one does."""
-    session = make("unbroken")
+    each_step = {"distill": {"learning_rate": 1e-3, "checkpoint_every": 1}}
+    session = make("unbroken", **each_step)
     session.run(target_layers=4)
     phases = {"measure": 1, "evaluate removal": 1, "distill": 3, "evaluate": 1}
     folders = {}
     for phase in phases:
-        victim = make(phase)
+        victim = make(phase, **each_step)
         victim.close()
         folders[phase] = victim.folder
     plan = json.dumps([(str(folders[phase]), phase, times) for phase, times in phases.items()])
@@ -487,6 +645,14 @@ def test_sigkill_in_each_phase(make):
         assert len(again.steps) == steps  # every whole step is there
         again.run()  # goes on with the earlier settings
         assert again.removed == session.removed
+        assert len(again.losses()) == len(session.losses())
+        # The child had one thread: sums come out in another order.
+        torch.testing.assert_close(
+            logits(again.student, again.tokenizer),
+            logits(session.student, session.tokenizer),
+            rtol=0,
+            atol=0.05,
+        )
         again.close()
 
 

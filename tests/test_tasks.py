@@ -219,7 +219,9 @@ def test_few_shot_prompts_leave_out_the_row_itself():
     assert pairs(pair, 0)[0] == ("Cleo sat.\n\nAnn", " left.")
     # A copy of the row holds its answer as well.
     copies = tuple(dict(row) for row in (options, other))
-    assert pairs(Task("p", "minimal_pairs", (options, other), fewshot=1, shots=copies), 0)[0][0].startswith("Cleo")
+    assert pairs(Task("p", "minimal_pairs", (options, other), fewshot=1, shots=copies), 0)[0][0].startswith(
+        "Cleo"
+    )
     with pytest.raises(SuiteError, match="only 0 examples"):
         Task("p", "minimal_pairs", (options, dict(options)), fewshot=1)
 

@@ -110,7 +110,9 @@ def main() -> None:
         whole = score_suite(student, loaded.tokenizer, ask["suite"], show=False).aggregate
         apart = max(abs(scores.table["score"][i] - (whole - found)) for i, (_, found) in alone.items())
         every = float(np.mean([seconds for seconds, _ in alone.values()])) * len(student)
-        print(f"{len(student)} separate evaluations: {every:.0f} s, {len(alone)} of them run; scores {apart:.1e} apart")
+        print(
+            f"{len(student)} separate evaluations: {every:.0f} s, {len(alone)} of them run; scores {apart:.1e} apart"
+        )
         print(f"sweep / separate {scores.seconds / every:.3f}, race / separate {raced / every:.3f}")
 
 

@@ -69,6 +69,18 @@ def test_the_demo_and_papermill_that_goes_on_with_its_run(parameters, tmp_path):
     assert run_folder(tmp_path / "x") == tmp_path / "x-2"
 
 
+def test_a_run_whose_first_removal_costs_too_much_still_reports(parameters, tmp_path):
+    import papermill
+
+    metric = {"metric": "angular_distance", "max_loss": 1e-4, "text": parameters["text"]}
+    papermill.execute_notebook(
+        BATCH / "iterate.ipynb", tmp_path / "a.ipynb", {**parameters, **metric}, progress_bar=False
+    )
+    notebook = nbformat.read(tmp_path / "a.ipynb", 4)
+    assert "No layer was removed" in text_of(notebook)
+    assert (tmp_path / "run" / "checkpoint-6-layers" / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     "preset, notebook", [("demo", "iterate"), ("six_layers", "iterate"), ("qwen2.5-3b", "compare_methods")]
 )
