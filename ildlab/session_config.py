@@ -14,7 +14,6 @@ from .scores import check_options
 from .stack import LayerStack
 from .suites import load_suite
 
-
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
