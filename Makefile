@@ -47,7 +47,7 @@ $(TEXT): | $(STAMP)
 demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoint
 	$(BIN)/python -m ildlab.demo
 
-test: setup browser  ## All tests, then every notebook against its saved outputs
+test: setup browser  ## All tests, and every notebook from top to bottom
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 		--nbval-lax --nbval-cell-timeout 900 --timeout 900 $(PYTEST_FLAGS) tests $(NOTEBOOKS)
 

@@ -381,7 +381,7 @@ def _race(job: _Job, samples: Samples, prior, confidence: float, tie: float, dro
     common = np.median(np.delete(spread, best))
     spread = (COMMON * common + (n - 1) * spread) / (COMMON + n - 1)
     quantile = t_quantile(1 - (1 - confidence) / max(1, len(columns) - 1), n - 1 + COMMON)
-    bound = quantile * np.sqrt(spread / n) + 1e-12
+    bound = quantile * np.sqrt(spread * ((w / w.sum()) ** 2).sum()) + 1e-12  # 1 / n, where weights are equal
     drop = above - bound > 0
     if prior is not None and len(prior) == len(columns):
         middle = np.median(prior)

@@ -114,6 +114,13 @@ def compare_metrics_steps(
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise MeasureError(f"There is no metric {unknown[0]!r}. Choose from: {', '.join(METRICS)}.")
+    # What can be wrong is found out before the first metric is paid for.
+    if len(set(metrics)) < 2:
+        raise MeasureError("A comparison needs at least two metrics.")
+    if not 1 <= k <= len(student):
+        raise MeasureError(f"k={k}: choose from 1 to {len(student)}, the number of layers.")
+    if "kl" in metrics and teacher is None:
+        raise MeasureError("The metric 'kl' compares with the teacher: give teacher=.")
     found: dict[str, LayerScores] = {}
     for number, name in enumerate(dict.fromkeys(metrics)):
         mine = dict(options)

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from .cache import data_dir
+from .distill_config import DistillConfig
 from .errors import SessionError
 from .evaluation import Evaluation
 from .history import canary_scores
@@ -146,15 +147,25 @@ def compare_steps(
 
 def _check_same(session: PruningSession, wanted: dict[str, Any]) -> None:
     """Raise SessionError where a run that is to go on was begun with other settings."""
-    fresh = asdict(SessionConfig(teacher=session.config.teacher, **wanted))
     stored = asdict(session.config)
-    other = [name for name in fresh if json.dumps(fresh[name]) != json.dumps(stored[name])]
+    fresh = {**stored, **asdict(SessionConfig(session.config.teacher, **wanted))}
+    # What the caller leaves to the defaults may have been another default when the run was begun.
+    fresh = {name: value if name in wanted else stored[name] for name, value in fresh.items()}
+    other = [name for name in fresh if _settled(name, fresh[name]) != _settled(name, stored[name])]
     if other:
         told = "; ".join(f"{name} was {stored[name]!r}, now {fresh[name]!r}" for name in other)
         raise SessionError(
             f"The run in {session.folder} was begun with other settings ({told}): go on with those, or compare in "
             "another folder."
         )
+
+
+def _settled(name: str, value: Any) -> str:
+    """A setting as text: equal where two mean the same."""
+    if name == "distill":
+        value = value if isinstance(value, DistillConfig) else DistillConfig.from_dict(value)
+        value = {**value.to_dict(), "seed": value.seed or 0}
+    return json.dumps(value, sort_keys=True)
 
 
 def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path):

@@ -112,6 +112,14 @@ def distill_steps(
     _check_pair(student, teacher)
     trained = resolve_scope(config.scope, student, gaps)
     points = match_points(config, student, trained)
+    elsewhere = [
+        i for i in trained if any(p.is_meta for p in student.layers[student.position(i)].parameters())
+    ]
+    if elsewhere:
+        raise DistillError(
+            f"The weights of layers {elsewhere} are offloaded (device_map): they can be measured, but not trained. Load the "
+            "model without device_map, or with these layers on a device."
+        )
     rows, block = ids.shape
     tokens = config.tokens or rows * block
     total = math.ceil(tokens / (config.batch_size * block))
@@ -281,11 +289,13 @@ def _check_pair(student: LayerStack, teacher: LayerStack) -> None:
 
 def _accelerator(device: torch.device, config: DistillConfig, metrics_path):
     from accelerate import Accelerator
+    from accelerate.state import is_initialized
 
     folder = str(Path(metrics_path).parent) if metrics_path else "."
     # Dtypes are ours to choose (fp32 masters), so accelerate's autocast stays out.
     return Accelerator(
-        cpu=device.type == "cpu",
+        # Only the first one in a process may say so; later ones share its state, and place nothing anyway.
+        cpu=device.type == "cpu" and not is_initialized(),
         mixed_precision="no",
         log_with=config.tracker,
         project_dir=folder if config.tracker else None,

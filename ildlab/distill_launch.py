@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ _KEYS = {
     "removed": "layer ids to remove from the student before training",
     "gap": "layer ids just removed; by default `removed`",
     "text": "a source of ildlab.load_text (needed)",
+    "text_column": 'column of a .jsonl, .parquet or Hub text; by default "text", or the only one that holds strings',
     "block": "tokens in a block",
     "text_tokens": "tokens of text to load",
     "dtype": "dtype to load in",
@@ -159,8 +161,6 @@ def _new_records(metrics: Path, known: int) -> list[dict[str, float]]:
 
 def run(values: dict[str, Any]) -> None:
     """Distill as a config file says, in this process (one of several under `accelerate launch`)."""
-    import os
-
     import torch
     from accelerate import PartialState
     from safetensors.torch import save_file
@@ -170,6 +170,13 @@ def run(values: dict[str, Any]) -> None:
     from .stack import LayerStack
     from .text import load_text
 
+    # What can be wrong is found out before minutes of loading and hours of training.
+    config = DistillConfig.from_dict(values.get("config", {}))
+    config.check()
+    out = Path(values["out"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise DistillError(f"out={str(out)!r}: its folder cannot be written to.")
     device = values.get("device", "auto")
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -183,6 +190,7 @@ def run(values: dict[str, Any]) -> None:
             block=values.get("block", 256),
             tokens=values.get("text_tokens"),
             split="train",
+            text_column=values.get("text_column"),
         )
     teacher = LayerStack(loaded.model)
     student = (
@@ -192,7 +200,6 @@ def run(values: dict[str, Any]) -> None:
     )
     for layer_id in values.get("removed", []):
         student.remove(layer_id)
-    config = DistillConfig.from_dict(values.get("config", {}))
     work = distill_steps(
         student,
         teacher,

@@ -17,6 +17,7 @@ from torch import Tensor
 from .cache import atomic_file
 from .distill_config import DistillConfig
 from .errors import DistillError
+from .offload import named_weights
 from .stack import LayerStack
 
 
@@ -161,7 +162,7 @@ _FREE = (
 
 def decisive(config: DistillConfig) -> dict[str, Any]:
     """The fields of a config that decide what a distillation makes."""
-    return {k: v for k, v in config.to_dict().items() if k not in _FREE}
+    return {k: v for k, v in config.to_dict().items() if k not in _FREE} | {"seed": config.seed or 0}
 
 
 def identity(config: DistillConfig, trained, gap, layer_ids, text: str, weights: str) -> str:
@@ -182,7 +183,7 @@ def weights_hash(*stacks: LayerStack) -> str:
         told = {k: v for k, v in stack.model.config.to_dict().items() if k not in _ELSEWHERE}
         told = json.dumps(told, sort_keys=True, default=str)
         digest.update(f"{stack.layer_ids}{told}".encode())
-        for name, param in stack.model.named_parameters():
+        for name, param in named_weights(stack.model):
             flat = param.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu()
             digest.update(f"{name}{tuple(param.shape)}{param.dtype}".encode() + sample.numpy().tobytes())

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def find_documents(
         # The folder also holds the data card and the openings, which are no samples.
         return _from_files(name, folder / "samples.jsonl.gz", split, seed, text_column)
     path = Path(name).expanduser()
-    if path.exists():
+    if _exists(path):
         return _from_files(name, path, split, seed, text_column)
     # owner/name[:configuration]; anything that looks like a path is taken for a missing file.
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name) and not name.lower().endswith(SUFFIXES):
@@ -114,10 +115,17 @@ def find_documents(
             lambda: _distinct(_hub_rows(name, seed, text_column), split),
         )
     raise TextError(
-        f"There is no text source {name!r}: no such file or folder (looked in {Path.cwd()}). Give "
+        f"There is no text source {name[:80]!r}: no such file or folder (looked in {Path.cwd()}). Give "
         '"python-docs", "teacher-samples", a file or folder of ' + "/".join(SUFFIXES) + ", a Hub data set id "
         "(owner/name or owner/name:configuration), a list of str, or two sources joined by +."
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a whole text given as a source: too long a name, or with a NUL
+        return False
 
 
 # ---- order and splits ------------------------------------------------------------------------------
@@ -224,6 +232,16 @@ def _cuts(paragraph: str, limit: int) -> Iterator[str]:
     yield paragraph.strip("\n")
 
 
+def _column_of_row(where: object, row: dict, wanted: str | None) -> str:
+    """Choose by one row: a null may be a text in the next one."""
+    strings = [key for key, value in row.items() if isinstance(value, str)]
+    unknown = [key for key, value in row.items() if value is None]
+    for name in (wanted, "text"):
+        if name in unknown:
+            return name
+    return _choose_column(where, list(row), strings, wanted)
+
+
 def _choose_column(where: object, columns: Sequence[str], strings: Sequence[str], wanted: str | None) -> str:
     """Return the column to read: the one asked for, else "text", else the only one that holds strings."""
     if wanted is not None:
@@ -254,8 +272,7 @@ def _jsonl_rows(file: Path, text_column: str | None) -> Iterator[str]:
                 row = json.loads(line)
                 if isinstance(row, dict):
                     if column is None:
-                        strings = [key for key, value in row.items() if isinstance(value, str)]
-                        column = _choose_column(file, list(row), strings, text_column)
+                        column = _column_of_row(file, row, text_column)
                     row = row.get(column)
                 if isinstance(row, str):
                     yield row
@@ -263,7 +280,7 @@ def _jsonl_rows(file: Path, text_column: str | None) -> Iterator[str]:
                     raise TextError(
                         f"Line {number} of {file} holds {type(row).__name__} where text was expected."
                     )
-    except (ValueError, EOFError) as error:  # of json, of the encoding, of a gzip file cut short
+    except (ValueError, EOFError, zlib.error) as error:  # of json, of the encoding, of a gzip file cut short
         raise TextError(
             f"{file} is not JSON lines in UTF-8: {error}. Each line must be one JSON value."
         ) from error
@@ -313,8 +330,7 @@ def _hub_rows(name: str, seed: int, text_column: str | None) -> Iterator[str]:
         column = None
         for row in rows:
             if column is None:
-                strings = [key for key, value in row.items() if isinstance(value, str)]
-                column = _choose_column(f"the data set {name}", list(row), strings, text_column)
+                column = _column_of_row(f"the data set {name}", row, text_column)
             if row[column]:
                 yield row[column]
     except TextError:

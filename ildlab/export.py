@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import disk_error
-from .errors import ExportError
+from .errors import ExportError, first_line
 from .models import quiet
 from .stack import LayerStack
 
@@ -85,6 +85,11 @@ def export(session: PruningSession, path: str | Path) -> tuple[Path, Verdict]:
     target = Path(path).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} exists and is not an empty folder: choose a new one for the checkpoint.")
+    if any(p.is_meta for p in session.student.model.parameters()):
+        raise ExportError(
+            "Weights of the student are offloaded (device_map), so that it cannot be saved from here: open the run with its "
+            "teacher loaded without device_map, and export then."
+        )
     dtype = session.weights_dtype
     scratch = None
     try:
@@ -216,23 +221,38 @@ def check_describable(stack: LayerStack) -> None:
     """
     if len(stack) < 2:
         return
+    try:
+        if _shapes(_built(stack)) != _shapes(stack.model):
+            return  # quantised weights, an adapter: the class alone does not make this model
+    except Exception:  # it computes with weights while it is built: only the doctor can tell
+        return
     trial = stack.share()
     kinds = _kinds(trial.config)
     trial.remove(trial.layer_ids[0])
-    wanted = {name: tuple(tensor.shape) for name, tensor in trial.model.state_dict().items()}
-    config = copy.deepcopy(trial.model.config)
+    wanted = _shapes(trial.model)
     try:
-        with torch.device("meta"), quiet():
-            built = type(trial.model)(config)
-    except (RuntimeError, NotImplementedError):
-        return  # it computes with weights while it is built: only the doctor can tell
-    found = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+        found = _shapes(_built(trial))
+    except Exception as error:  # whatever a family's constructor says of its config
+        raise ExportError(
+            f"{type(stack.model).__name__} cannot lose a layer: with one layer fewer its config is refused "
+            f"({first_line(error)})."
+        ) from error
     if found != wanted or _kinds(trial.config) != kinds[1:]:
         odd = sorted(set(found) ^ set(wanted)) or sorted(n for n in found if found[n] != wanted[n]) or kinds
         raise ExportError(
             f"{type(stack.model).__name__} cannot lose a layer: its config tells the kinds of layers by a rule, not by a "
             f"list, so that a model without one cannot be described (first difference: {odd[0]})."
         )
+
+
+def _built(stack: LayerStack):
+    """The model that the stack's config describes, without weights."""
+    with torch.device("meta"), quiet():
+        return type(stack.model)(copy.deepcopy(stack.model.config))
+
+
+def _shapes(model) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _kinds(config) -> list:

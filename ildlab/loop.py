@@ -51,7 +51,7 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         done = total - (left - goal)
         phase = next_phase(session, settings.distill)
         # Judged from the journal, so that a run that was killed right after an evaluation gets its verdict too.
-        if phase == "measure" and _undo_if_over(session, settings.max_loss):
+        if phase == "measure" and _undo_if_over(session, settings):
             yield Progress(done, total, f"quality loss is over {settings.max_loss}: step undone")
             break
         if phase == "measure" and left <= goal:
@@ -170,10 +170,20 @@ def _stopped_by_loss(session: PruningSession) -> bool:
     return False
 
 
-def _undo_if_over(session: PruningSession, limit: float | None) -> bool:
-    """Undo this run's iteration that took the quality loss over the limit; the last good student is kept."""
-    last, started = session.path[-1], max(s.step for s in session.steps if s.action == "run")
-    if limit is None or last.action != "evaluate" or last.result["loss"] <= limit:
+def _undo_if_over(session: PruningSession, settings: RunSettings) -> bool:
+    """Undo this run's iteration that took the quality loss over the limit; the last good student is kept.
+
+    What counts is today's student on the run's own suite: a person's evaluation by another suite, or by none,
+    has a quality loss of another kind.
+    """
+    started = max(s.step for s in session.steps if s.action == "run")
+    suite, verdict = settings.suite or session.config.suite, None
+    for step in session.path:
+        if step.action in CHANGES_STUDENT:
+            verdict = None
+        elif step.action == "evaluate" and step.args["suite"] == suite:
+            verdict = step.result["loss"]
+    if settings.max_loss is None or verdict is None or verdict <= settings.max_loss:
         return False
     removals = [step for step in session.path if step.action == "remove" and step.step > started]
     if not removals:  # what a person removed before the run is theirs

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import struct
 import subprocess
@@ -56,9 +57,11 @@ class LoadedModel:
 
 
 def best_device() -> torch.device:
-    """CUDA, then Apple's MPS, then the CPU."""
+    """CUDA (this process's own GPU where LOCAL_RANK says which), then Apple's MPS, then the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        # Of several processes (torchrun, accelerate launch) each has a GPU of its own.
+        rank = os.environ.get("LOCAL_RANK")
+        return torch.device("cuda") if rank is None else torch.device("cuda", int(rank))
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
@@ -162,6 +165,10 @@ def load_model(
             raise ModelError(
                 f"There is no file {path}: give the path of a .gguf file, a model folder or a Hub id."
             )
+        if device_map is not None:
+            raise ModelError(
+                "A .gguf file is read on one device: device_map is for folders of safetensors and Hub ids."
+            )
         loaded = _from_gguf(path, name, what)
     elif path.is_dir():
         _check_folder(path)
@@ -205,6 +212,7 @@ def _check_vocabulary(loaded: LoadedModel) -> None:
 
 
 def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> LoadedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "revision"}
@@ -212,7 +220,7 @@ def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> L
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **tokenizer_kwargs)
         with quiet():
             model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         where = "local folder" if Path(source).is_dir() else "Hub id"
         hint = (
             "Check the files, or save the model again."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, object]]:
@@ -19,6 +19,18 @@ def _hooks(module: nn.Module) -> Iterator[tuple[nn.Module, object]]:
         for each in getattr(hook, "hooks", (hook,)):  # a SequentialHook holds several
             if getattr(each, "offload", False):
                 yield part, each
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`model.named_parameters()`, with the values of those that accelerate keeps elsewhere."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            place, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(place)
+            for part, hook in _hooks(owner):
+                if part is owner and hook.weights_map is not None:
+                    parameter = hook.weights_map[leaf]
+        yield name, parameter
 
 
 def is_offloaded(layers: nn.ModuleList) -> bool:

@@ -98,7 +98,8 @@ def importance(
         raise ValueError("There are no scores to draw: measure first.")
     values = table["score"].to_numpy(float)
     if chosen is None:
-        chosen = int(table["score"].idxmin())
+        least = getattr(scores, "least_important", None)  # a race may have dropped the lowest score early
+        chosen = int(table["score"].idxmin()) if least is None else least
     top = max([*table.index, *removed])
     gone = sorted(set(removed) | (set(range(top + 1)) - set(table.index)))
     if log is None:
@@ -260,7 +261,8 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
     )
     for axes, columns, unit in zip(pair, groups, ("KL (nats per token)", "hidden-state loss"), strict=True):
         drawn = []
-        for column, colour, dash in zip(columns, COLOURS, ("-", "--", ":", "-."), strict=False):
+        for number, column in enumerate(columns):
+            colour, dash = COLOURS[number % 4], ("-", "--", ":", "-.")[(number + number // 4) % 4]
             values = pd.to_numeric(history[column], errors="coerce")
             if not values.notna().any():
                 continue

@@ -92,7 +92,7 @@ def methods(
     ax.set_xlabel(
         {"layers_removed": "layers removed", "share_removed": "share of layers removed"}.get(over, over)
     )
-    ax.set_ylabel(label_of(value))
+    ax.set_ylabel("KL to the teacher (nats/token)" if value == "kl" else label_of(value))
     legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return ax
 
@@ -187,6 +187,6 @@ def branches(tables: dict[str, pd.DataFrame], ax: Axes | None = None, *, value: 
         )  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layers removed")
-    ax.set_ylabel(label_of(value))
+    ax.set_ylabel("KL to the teacher (nats/token)" if value == "kl" else label_of(value))
     legend(ax)
     return ax

@@ -90,6 +90,13 @@ def lines(work: Work[T], *, every: float = 10.0) -> T:
         work.close()
 
 
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this: its stderr is no terminal, and a bar is drawn as a widget."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return getattr(shell, "kernel", None) is not None
+
+
 def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     """Run a generator of `Progress` to its end and return what it returns.
 
@@ -104,7 +111,7 @@ def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     from tqdm.auto import tqdm
 
     if show is None:
-        show = sys.stderr.isatty()
+        show = sys.stderr.isatty() or _in_notebook()
     bar = None
     try:
         while True:

@@ -192,6 +192,18 @@ def t_quantile(p: float, dof: int) -> float:
     return float(t.ppf(p, dof))
 
 
+def expansion(n: np.ndarray, tail: float) -> np.ndarray:
+    """How much wider than its percentile interval a bootstrap of n values has to be, [L].
+
+    Resampling draws from a spread with n in the place of n - 1, and its percentiles are a normal's where the
+    mean of few values follows Student's t: sqrt(n / (n - 1)) t / z (Hesterberg 2015).
+    """
+    from scipy.stats import norm, t
+
+    n = np.maximum(np.asarray(n, float), 2)
+    return np.sqrt(n / (n - 1)) * t.ppf(1 - tail, n - 1) / norm.ppf(1 - tail)
+
+
 def listed(values, digits: int | None = None) -> list:
     return [
         None if math.isnan(v) else float(f"{v:.{digits}g}") if digits else float(v)

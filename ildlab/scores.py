@@ -15,7 +15,7 @@ import pandas as pd
 
 from .errors import MeasureError
 from .progress import Progress, drive
-from .samples import Rows, listed, means, percentiles, ranks, resamples
+from .samples import Rows, expansion, listed, means, percentiles, ranks, resamples
 
 ONE_PASS = ("block_influence", "angular_distance", "mse", "relative_l2", "lrp", "magnitude", "taylor")
 ABLATION = ("nll", "kl")
@@ -70,7 +70,8 @@ class LayerScores:
         Notes
         -----
         Every resample draws N sequences with replacement, the same for all layers (paired), and takes
-        the weighted mean; the interval is the percentile interval of Efron (1979).
+        the weighted mean. The percentile interval of Efron (1979) is too narrow for few sequences; it is
+        expanded about the mean to the width of a t interval (Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
         """
         x, w = np.asarray(per_sequence, float), np.asarray(weights, float)
         index = pd.Index([int(i) for i in layer_ids], name="layer_id")
@@ -80,6 +81,8 @@ class LayerScores:
         if len(x) >= 2:
             tail = 50 * (1 - confidence)
             low, high = percentiles(means(resamples(len(x)), x, w), (tail, 100 - tail))
+            wider = expansion(n, tail / 100)
+            low, high = score + (low - score) * wider, score + (high - score) * wider
         else:
             low = high = np.full(len(index), np.nan)
         table = pd.DataFrame({"score": score, "ci_low": low, "ci_high": high, "n": n}, index=index)
@@ -151,6 +154,11 @@ class LayerScores:
         least = self.least_important
         alpha = (1 - self.confidence) / max(1, len(self.layer_ids) - 1)
         bound = percentiles(self._differences, (100 * alpha,))[0]
+        if len(self.per_sequence) > 1:
+            n = (~np.isnan(self.per_sequence)).sum(0)
+            paired = self.per_sequence - self.per_sequence[:, [self.layer_ids.index(least)]]
+            gap = means(np.ones((1, len(paired))), paired, self.weights)[0]
+            bound = gap + (bound - gap) * expansion(n, alpha)
         close = [i for i, b in zip(self.layer_ids, bound, strict=True) if i != least and not b > 0]
         return [least, *sorted(close, key=lambda i: self.table.loc[i, "score"])]
 

@@ -105,7 +105,13 @@ class PruningSession:
             block=config.block,
             tokens=config.calibration_tokens,
             seed=config.seed,
+            text_column=config.text_column,
         )
+        if config.eval_text is not None:
+            load_text(
+                config.eval_text, loaded.tokenizer, block=config.block, tokens=config.eval_tokens, split="eval",
+                seed=config.seed, text_column=config.text_column,
+            )  # fmt: skip
         journal = Journal.create(
             folder,
             {
@@ -113,6 +119,7 @@ class PruningSession:
                 "teacher": loaded.name,
                 "fingerprint": fingerprint(stack),
                 "layers": len(stack),
+                "weights_dtype": str(storage_dtype(stack)).removeprefix("torch."),
                 "settings": asdict(config),
             },
         )
@@ -179,7 +186,8 @@ class PruningSession:
         """dtype that changed weights are rounded to and stored in, and of exported checkpoints."""
         if self.config.weights_dtype != "auto":
             return getattr(torch, self.config.weights_dtype)
-        return storage_dtype(self.teacher)
+        # Settled once: the folder may be opened on a machine that loads the teacher in another dtype.
+        return getattr(torch, self.journal.config["weights_dtype"])
 
     @contextmanager
     def acting(self, action: str) -> Iterator[None]:
@@ -262,8 +270,9 @@ class PruningSession:
             # One text a split is kept: an old iteration's training text is not needed again.
             self._text = {other: kept for other, kept in self._text.items() if other[0] != split}
             self._text[key] = load_text(
-                source, self.tokenizer, block=self.config.block, tokens=tokens, split=split, seed=seed
-            )
+                source, self.tokenizer, block=self.config.block, tokens=tokens, split=split, seed=seed,
+                text_column=self.config.text_column,
+            )  # fmt: skip
         return self._text[key]
 
     def student_at(self, step: int) -> LayerStack:
@@ -741,7 +750,7 @@ class PruningSession:
         """Layers removed since the student was last distilled: where it has to heal."""
         gap: list[int] = []
         for step in self.path:
-            if step.action == "distill":
+            if step.action == "distill" and "stopped_at" not in step.result:
                 gap = []
             elif step.action == "remove":
                 gap.append(step.args["layer_id"])

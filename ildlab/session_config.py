@@ -10,6 +10,7 @@ import torch
 
 from .distill_config import DistillConfig
 from .errors import SessionError
+from .offload import named_weights
 from .scores import check_options
 from .stack import LayerStack
 from .suites import load_suite
@@ -29,6 +30,8 @@ class SessionConfig:
         Text to calibrate and train on, as `load_text` takes it.
     eval_text : str, optional
         Text to judge on; by default the eval split of `text`.
+    text_column : str, optional
+        Column or key of `text` and `eval_text` where they are tables, as `load_text` takes it.
     block : int
         Tokens in a block.
     calibration_tokens, train_tokens, eval_tokens : int
@@ -53,6 +56,7 @@ class SessionConfig:
     teacher: str
     text: str = "python-docs"
     eval_text: str | None = None
+    text_column: str | None = None
     block: int = 256
     calibration_tokens: int = 8192
     train_tokens: int = 65536
@@ -110,7 +114,7 @@ def storage_dtype(stack: LayerStack) -> torch.dtype:
 def fingerprint(stack: LayerStack) -> str:
     """sha256 of a model's tensor names, shapes and a sample of its values; the same in bf16 and fp32."""
     digest = hashlib.sha256()
-    for name, tensor in stack.model.named_parameters():
+    for name, tensor in named_weights(stack.model):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16).float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

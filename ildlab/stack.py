@@ -479,7 +479,7 @@ def _forward_replaced(layer: nn.Module, forward) -> Iterator[None]:
 
 _INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number", "block_idx")
 _NAMING = ("full_attn_idxs", "moe_layers", "mlp_only_layers", "attn_layer_indices", "cross_attention_layers")
-_THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+_THRESHOLDS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 
 
 def _layer_indices(layers: nn.ModuleList) -> list[tuple[nn.Module, str, int]]:

@@ -307,10 +307,11 @@ def check_row(kind: str, row: Any, where: str) -> dict:
     for name in ("continuation", "text"):
         if name in needs and not row[name].strip():
             raise SuiteError(f"{where}: {name!r} is empty.")
+    kept = {name: value for name, value in row.items() if name in needs}
     for name in ("group", "headline"):
-        if not isinstance(row.get(name, ""), str):
-            raise SuiteError(f"{where}: {name!r} must be str, not {type(row[name]).__name__}.")
-    return {name: value for name, value in row.items() if name in (*needs, "group", "headline")}
+        if row.get(name) is not None:
+            kept[name] = str(row[name])
+    return kept
 
 
 def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:

@@ -1,5 +1,7 @@
 """The comparison of five methods: what each does, going on after a stop, and its figures."""
 
+import json
+
 import matplotlib
 import pandas as pd
 import pytest
@@ -91,6 +93,20 @@ def test_a_run_goes_on_only_with_its_own_settings(loaded, text_file, tmp_path):
     assert found == [True, False]
     with pytest.raises(SessionError, match="train_tokens was 4096, now 128"):
         drive(run(train_tokens=128))
+
+
+def test_a_comparison_begun_with_other_defaults_goes_on(loaded, text_file, tmp_path):
+    """What the caller does not name is the run's own, whatever the default is by now."""
+    settings = {"text": str(text_file), **SETTINGS, "evaluate_every": 1, "methods": ["shortgpt"]}
+    settings.pop("weights_dtype")
+    drive(compare_steps(tmp_path, loaded, remove=1, **settings))
+    file = tmp_path / "shortgpt" / "config.json"
+    config = json.loads(file.read_text())
+    config["settings"] |= {"weights_dtype": "bfloat16", "distill": {"seed": 0}}
+    del config["weights_dtype"], config["settings"]["text_column"]  # as an older version wrote it
+    file.write_text(json.dumps(config))
+    table = drive(compare_steps(tmp_path, loaded, remove=1, distill={"seed": None}, **settings))
+    assert len(table) == 2
 
 
 def test_figures(table):

@@ -118,6 +118,14 @@ def test_loss_curves_keeps_kl_and_mse_apart():
     assert "KL" in left.get_ylabel() and "hidden" in right.get_ylabel()
     assert left.lines[0].get_ydata() == pytest.approx(history["kl"])
     assert {line.get_linestyle() for line in right.lines} >= {"-", "--"}
+    many = {f"hidden_{i}": np.full(40, float(i)) for i in range(1, 8)}
+    drawn = plots.loss_curves(pd.DataFrame({"step": steps, "kl": history["kl"], **many})).figure.axes[1]
+    looks = {
+        (line.get_color(), line.get_linestyle(), line.get_label())
+        for line in drawn.lines
+        if line.get_linewidth() > 1
+    }
+    assert len(looks) == len(many) and len({look[:2] for look in looks}) == len(many)
     one = plots.loss_curves(pd.DataFrame({"step": [1], "kl": [2.0]}))
     assert "not part" in one.figure.axes[1].texts[0].get_text()
 

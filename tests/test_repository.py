@@ -215,3 +215,15 @@ def test_a_full_disk_under_safetensors_is_named(tmp_path):
             temporary.write_text("half")
             _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bars_are_drawn_in_a_notebook_too(monkeypatch):
+    """A kernel's stderr is no terminal, and the first example of the README runs for minutes."""
+    import types
+
+    from ildlab import progress
+
+    assert not progress._in_notebook()
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
+    assert progress._in_notebook()

@@ -42,10 +42,29 @@ def test_bootstrap_equals_the_naive_loop():
     draws = resamples(12)
     naive = np.array([[np.average(np.repeat(x[:, j], d.astype(int)), weights=np.repeat(w, d.astype(int)))
                        for j in range(4)] for d in draws])  # fmt: skip
-    np.testing.assert_allclose(scores.table.ci_low, np.percentile(naive, 5, axis=0))
-    np.testing.assert_allclose(scores.table.ci_high, np.percentile(naive, 95, axis=0))
-    np.testing.assert_allclose(scores.table.score, np.average(x, axis=0, weights=w))
+    mean = np.average(x, axis=0, weights=w)
+    wider = np.sqrt(12 / 11) * 1.795885 / 1.644854  # t with 11 degrees of freedom over z, at 95%
+    np.testing.assert_allclose(
+        scores.table.ci_low, mean + wider * (np.percentile(naive, 5, axis=0) - mean), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        scores.table.ci_high, mean + wider * (np.percentile(naive, 95, axis=0) - mean), rtol=1e-5
+    )
+    np.testing.assert_allclose(scores.table.score, mean)
     assert scores.separation() == pytest.approx(np.mean(naive.argmin(1) == 0))
+
+
+@pytest.mark.parametrize("n", [3, 8, 16])
+def test_intervals_of_few_sequences_are_wide_enough(n):
+    """Of 30 equal layers: how often an interval holds the truth, and one is called surely more important."""
+    rng = np.random.default_rng(n)
+    hits, left_out = 0, 0
+    for _ in range(40):
+        scores = made(rng.normal(size=(n, 30)))
+        hits += ((scores.table["ci_low"] <= 0) & (scores.table["ci_high"] >= 0)).sum()
+        left_out += 30 - len(scores.tied)
+    assert 0.92 <= hits / 1200 <= 0.98
+    assert left_out / (40 * 29) <= 0.05
 
 
 def test_intervals_cover_the_truth():

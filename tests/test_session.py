@@ -243,6 +243,66 @@ def test_a_run_stopped_before_its_verdict_gets_it_when_it_goes_on(make):
     assert session.removed == [] and session.steps[-1].args["reason"] == "max_loss"
 
 
+def test_the_verdict_is_that_of_the_runs_own_suite(make, monkeypatch):
+    import ildlab.evaluation as evaluation
+
+    said = evaluation.Estimate(0.0, 0.0, 0.0)
+    monkeypatch.setattr(evaluation, "quality_loss", lambda *_, **__: said)
+    session = make(metric="block_influence")
+    session.run(target_layers=5, max_loss=1e-6, suite="mini7@1", distill=False)
+    assert len(session.removed) == 1
+    session.evaluate(speed=False)  # of the text alone: a loss of another kind
+    assert session.steps[-1].result["loss"] != 0
+    session.run()
+    assert len(session.removed) == 1
+
+
+def test_a_stopped_distillation_is_done_again_around_every_gap(make):
+    session = make()
+    session.remove(1)
+    session.remove(4)
+    work = session.distill_steps()
+    next(work)
+    work.close()
+    session.distill()
+    assert session.journal.head.args["gap"] == [1, 4]
+
+
+def test_offloaded_layers_can_be_measured_and_removed(tiny, teacher, text_file, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    tiny(5, vocab=len(teacher.tokenizer)).save_pretrained(tmp_path / "model")
+    where = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    where |= {f"model.layers.{i}": "disk" for i in range(5)}
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=where, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    away = LoadedModel(model.eval().requires_grad_(False), teacher.tokenizer, "tiny")
+    here = LoadedModel(
+        LlamaForCausalLM.from_pretrained(tmp_path / "model").eval().requires_grad_(False),
+        teacher.tokenizer,
+        "tiny",
+    )
+    found = []
+    for name, loaded in (("away", away), ("here", here)):
+        settings = {"text": str(text_file), **SETTINGS, "suite": "mini7@1"}
+        with PruningSession.create(tmp_path / name, loaded, **settings) as session:
+            session.measure()
+            session.remove()
+            scored = session.evaluate(speed=False)
+            found.append(
+                (session.journal.config["fingerprint"], session.removed, scored.kl, scored.aggregate)
+            )
+            if loaded is away:
+                with pytest.raises(DistillError, match="offloaded"):
+                    session.distill()
+                with pytest.raises(ExportError, match="offloaded"):
+                    session.export(tmp_path / "out")
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2:] == pytest.approx(found[1][2:], rel=1e-4, abs=1e-6)
+    assert found[0][2] > 0  # student and teacher are not taken for one because neither has an address
+
+
 def test_the_limit_undoes_nothing_that_a_person_removed(make):
     session = make()
     session.remove(3)
@@ -318,9 +378,6 @@ def test_one_action_at_a_time(make):
 
 
 def test_an_interrupted_distillation_survives_a_mistake(make):
-    whole = make("whole")
-    whole.remove(2)
-    whole.distill()
     session = make("interrupted")
     session.remove(2)
     work = session.distill_steps(checkpoint_every=1)
@@ -333,10 +390,13 @@ def test_an_interrupted_distillation_survives_a_mistake(make):
         session.distill(scope="everything")
     session.evaluate(speed=False)  # a look at the student in between changes nothing either
     # Settings that leave the result as it is do not begin it anew.
+    session.close()
+    session = PruningSession.open(session.folder, dtype="float32")
     first = next(session.distill_steps(micro_batch=2, checkpoint_every=1))
     assert first.done > 3
     session.undo()
     assert not checkpoint.exists()  # stopped, and so journaled
+    session.close()
 
 
 def test_a_resumed_distillation_equals_an_unbroken_one(make):

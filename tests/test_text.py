@@ -375,3 +375,32 @@ def test_padding_does_not_make_another_tokenizer(tokenizer):
     before = tokenizer_fingerprint(tokenizer)
     tokenizer(["a", "a longer text"], padding=True)
     assert tokenizer_fingerprint(tokenizer) == before
+
+
+def test_a_first_row_without_its_text_does_not_choose_the_column(teacher, tmp_path):
+    rows = [
+        {"id": f"doc-{n}", "text": None if n == 0 else f"Words of document {n}. " * 20} for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for column in (None, "text"):
+        blocks = load_text(
+            tmp_path / "rows.jsonl", teacher.tokenizer, block=16, split="train", text_column=column
+        )
+        assert "doc-" not in teacher.tokenizer.decode(blocks.tokens[0])
+
+
+def test_a_text_in_the_place_of_a_source_is_refused_in_words(teacher, tmp_path):
+    with pytest.raises(TextError, match="no text source"):
+        load_text("A whole text. " * 60, teacher.tokenizer)
+    with pytest.raises(TextError, match="no text source"):
+        load_text("One + two, and more. " * 60, teacher.tokenizer)
+
+
+def test_a_damaged_gzip_file_is_named(teacher, tmp_path):
+    data = bytearray(
+        gzip.compress("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(2000)).encode())
+    )
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    (tmp_path / "rows.jsonl.gz").write_bytes(data)
+    with pytest.raises(TextError, match="rows.jsonl.gz"):
+        load_text(tmp_path / "rows.jsonl.gz", teacher.tokenizer, block=16)
