@@ -239,10 +239,11 @@ def test_broken_logits_are_an_error_and_no_answer(stack, teacher):
         measure(broken, None, "task", suite=suite, tokenizer=teacher.tokenizer)
 
 
-@pytest.mark.parametrize("name", ["falcon_h1", "jamba", "qwen2"])
-def test_trees_are_judged_in_bf16_as_in_fp32(name):
-    stack = family(name, torch.bfloat16)
-    assert (largest_tree(stack) == 0) == (name != "qwen2")
+@pytest.mark.parametrize("name", ["falcon_h1", "jamba", "qwen2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trees_are_judged_in_bf16_as_in_fp32(name, dtype):
+    stack = family(name, dtype)
+    assert (largest_tree(stack) == 0) == (name in ("falcon_h1", "jamba"))
 
 
 def test_gpt_neo_windows_hold_for_branches(teacher):
