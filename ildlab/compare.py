@@ -8,14 +8,16 @@ comparison that was stopped goes on where it stood. The methods carry the names 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from .aggregate import SuiteResult
 from .cache import data_dir
 from .distill_config import DistillConfig
 from .errors import SessionError
@@ -125,6 +127,7 @@ def compare_steps(
         metric, options = (ablation, ablation_options or {}) if method.ablation else ("block_influence", {})
         if metric == "task":
             options = {"suite": suite, **options}
+        skip = _rows_that_chose(ablation, ablation_options or {}, suite)
         own = folder / name
         wanted = {"metric": metric, "measure": options, "suite": suite, **settings}
         if (own / "config.json").exists():
@@ -138,10 +141,10 @@ def compare_steps(
             session = PruningSession.create(own, teacher, **wanted)
         with session:
             for note in _advance(session, method, remove, evaluate_every, folder / "suites"):
-                table = pd.concat([*parts, curve(session, name)]) if len(session.path) > 1 else None
+                table = pd.concat([*parts, curve(session, name, skip)]) if len(session.path) > 1 else None
                 done = number * remove + len(session.removed)
                 yield Progress(done, len(methods) * remove, f"{method.label}: {note}", table)
-            parts.append(curve(session, name))
+            parts.append(curve(session, name, skip))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -208,14 +211,30 @@ def _every(work, seconds: float = 15.0):
             yield progress
 
 
-def curve(session: PruningSession, name: str) -> pd.DataFrame:
+def _rows_that_chose(ablation: str, options: dict[str, Any], suite: str) -> int:
+    """How many first rows of each of the suite's tasks layers were chosen by: n, where `"suite@n"` chose."""
+    chosen = str(options.get("suite", suite))
+    base, mark, rows = chosen.rpartition("@")
+    return int(rows) if ablation == "task" and mark and base == suite.partition("@")[0] else 0
+
+
+def curve(session: PruningSession, name: str, skip: int = 0) -> pd.DataFrame:
     """One row for each evaluation of a run.
+
+    Parameters
+    ----------
+    session : PruningSession
+    name : str
+        Of the method.
+    skip : int
+        Rows at the beginning of each task that layers were chosen by.
 
     Returns
     -------
     DataFrame
         `method`, `layers_removed`, `share_removed`, `layer_id` (the last removed), `aggregate` with
-        `low` and `high`, `corrected`, `quality_loss` with `loss_low` and `loss_high`, `perplexity`,
+        `low` and `high`, `aggregate_rest` (of the rows after the first `skip`, by which nothing was chosen; NaN
+        where there are none), `corrected`, `quality_loss` with `loss_low` and `loss_high`, `perplexity`,
         `kl`, `parameters`, and a column for each task and each canary (`canary_<name>`).
     """
     rows, removed = [], []
@@ -232,13 +251,25 @@ def curve(session: PruningSession, name: str) -> pd.DataFrame:
                     "method": name, "layers_removed": len(removed),
                     "share_removed": len(removed) / found.teacher_layers,
                     "layer_id": removed[-1] if removed else None, "aggregate": interval.value,
-                    "low": interval.low, "high": interval.high, "corrected": found.suite.aggregate_corrected,
+                    "low": interval.low, "high": interval.high, "aggregate_rest": _rest(found.suite, skip),
+                    "corrected": found.suite.aggregate_corrected,
                     "quality_loss": loss.value, "loss_low": loss.low, "loss_high": loss.high,
                     "perplexity": found.perplexity, "kl": found.kl, "parameters": found.parameters,
                     **{task.name: task.score for task in found.suite.tasks.values()}, **canary_scores(found),
                 }
             )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _rest(found: SuiteResult, skip: int) -> float:
+    """Aggregate of the rows after the first `skip` of each task."""
+    if not 0 < skip < min(task.n for task in found.tasks.values()):
+        return math.nan
+    tasks = {
+        name: replace(task, values=task.values[skip:], weights=task.weights and task.weights[skip:])
+        for name, task in found.tasks.items()
+    }
+    return replace(found, tasks=tasks).aggregate
 
 
 def task_columns(table: pd.DataFrame) -> list[str]:

@@ -7,11 +7,12 @@ import pandas as pd
 import pytest
 
 from ildlab import plots_suites
-from ildlab.compare import METHODS, compare_steps, curve, published_curves
+from ildlab.compare import METHODS, compare_steps, curve, published_curves, task_columns
 from ildlab.errors import SessionError
 from ildlab.models import LoadedModel
 from ildlab.progress import drive
 from ildlab.session import PruningSession
+from ildlab.suites import load_suite
 
 pytestmark = pytest.mark.usefixtures("short_speed")
 
@@ -107,6 +108,28 @@ def test_a_comparison_begun_with_other_defaults_goes_on(loaded, text_file, tmp_p
     file.write_text(json.dumps(config))
     table = drive(compare_steps(tmp_path, loaded, remove=1, distill={"seed": None}, **settings))
     assert len(table) == 2
+
+
+def test_rows_that_chose_nothing_have_an_aggregate_of_their_own(loaded, text_file, tmp_path):
+    settings = {"text": str(text_file), **SETTINGS, "suite": "mini7@3", "evaluate_every": 1}
+    table = drive(
+        compare_steps(
+            tmp_path,
+            loaded,
+            remove=1,
+            methods=["iterative_layerwise_pruning"],
+            ablation="task",
+            ablation_options={"suite": "mini7@2"},
+            **settings,
+        )  # fmt: skip
+    )
+    with PruningSession.open(tmp_path / "iterative_layerwise_pruning", loaded) as session:
+        found = [session.scores_at(s.step).source for s in session.path if s.action == "measure"]
+        results = [s.result["evaluation"]["suite"] for s in session.path if s.action == "evaluate"]
+    assert found == ["suite mini7, 14 examples"]
+    want = [sum(task["values"][2] for task in result["tasks"]) / 7 for result in results]
+    assert list(table["aggregate_rest"]) == pytest.approx(want)
+    assert task_columns(table) == [task.name for task in load_suite("mini7").tasks]
 
 
 def test_figures(table):
