@@ -23,7 +23,7 @@ from .influence import unit
 from .losses import in_fp64
 from .offload import resident
 from .progress import Progress, drive
-from .samples import Rows, means, percentiles, resamples
+from .samples import Rows, expansion, means, percentiles, resamples
 from .stack import LayerStack, Trunk
 
 OUT = "out"
@@ -341,7 +341,11 @@ def _drift_steps(
     else:
         score = means(np.ones((1, total)), values, weights)[0]
         if total > 1:
-            low, high = percentiles(means(resamples(total), values, weights), (2.5, 97.5))
+            wider = expansion(total, 0.025)
+            low, high = (
+                score + (bound - score) * wider
+                for bound in percentiles(means(resamples(total), values, weights), (2.5, 97.5))
+            )
     table = pd.DataFrame({"drift": score, "ci_low": low, "ci_high": high, "n": total}, index=labels)
     _finite(table[["drift"]], kind)
     return table

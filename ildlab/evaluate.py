@@ -19,6 +19,7 @@ from .errors import SuiteError, TextError
 from .evaluation import Evaluation
 from .losses import in_fp64
 from .progress import Progress, drive
+from .samples import expansion
 from .stack import LayerStack, Trunk, shared_prefix
 
 if TYPE_CHECKING:
@@ -238,12 +239,15 @@ def _position_figures(student, teacher, ours, reference, target, r, c) -> Tensor
 def _bootstrap_ratio(
     values: np.ndarray, counts: np.ndarray, seed: int, samples: int = 1000
 ) -> tuple[float, float]:
-    """95% interval of sum(values)/sum(counts) over resampled blocks."""
+    """95% interval of sum(values)/sum(counts) over resampled blocks; of few, as wide as Student's t."""
     rng = np.random.default_rng(seed)
     pick = rng.integers(0, len(values), (samples, len(values)))
     ratios = values[pick].sum(1) / np.maximum(counts[pick].sum(1), 1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
+    if len(values) == 1:
+        return float(ratios[0]), float(ratios[0])
+    whole = values.sum() / max(counts.sum(), 1)
+    low, high = whole + (np.quantile(ratios, [0.025, 0.975]) - whole) * expansion(len(values), 0.025)
+    return max(0.0, float(low)), float(high)
 
 
 def _sizes(stack: LayerStack, prefix: str) -> dict[str, int]:

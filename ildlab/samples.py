@@ -192,8 +192,8 @@ def t_quantile(p: float, dof: int) -> float:
     return float(t.ppf(p, dof))
 
 
-def expansion(n: np.ndarray, tail: float) -> np.ndarray:
-    """How much wider than its percentile interval a bootstrap of n values has to be, [L].
+def expansion(n: np.ndarray | int, tail: float) -> np.ndarray:
+    """How much wider than its percentile interval a bootstrap of n values has to be; of the shape of n.
 
     Resampling draws from a spread with n in the place of n - 1, and its percentiles are a normal's where the
     mean of few values follows Student's t: sqrt(n / (n - 1)) t / z (Hesterberg 2015).
