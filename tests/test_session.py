@@ -632,6 +632,25 @@ def test_export_is_a_plain_checkpoint(make, tmp_path):
         session.export(path)
 
 
+def test_the_verdict_on_the_cache_allows_for_rounding_alone(tiny):
+    from ildlab.export import _same_but_for_rounding
+
+    model = tiny(3)
+    one = torch.tensor([5, 6, 7, 8])
+    logits = model(input_ids=one[None, :2]).logits[0, -1].float()
+    best, worst = int(logits.argmax()), int(logits.argmin())
+    parted = [torch.tensor([5, 6, token, 9]) for token in (best, worst)]
+    assert _same_but_for_rounding(model, one, one, 1e-5)
+    assert not _same_but_for_rounding(model, *parted, 2e-2)
+    second = int(logits.topk(2).indices[1])
+    gap = float((logits[best] - logits[second]) / logits.abs().max())
+    close = [torch.tensor([5, 6, token, 9]) for token in (best, second)]
+    assert _same_but_for_rounding(model, *close, 1.01 * gap) and not _same_but_for_rounding(
+        model, *close, 0.99 * gap
+    )
+    assert not _same_but_for_rounding(model, one, one[:3], 1e-5)
+
+
 def test_export_refuses_a_checkpoint_that_is_not_the_student(make, tmp_path, monkeypatch):
     from ildlab import export
 
