@@ -15,6 +15,7 @@ from .distill_config import DistillConfig
 from .errors import SessionError
 from .journal import CHANGES_STUDENT
 from .progress import Progress, relabel
+from .session_steps import teacher_evaluation
 from .suites import load_suite
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
     if not resuming:
         session._append("run", args=asdict(settings))
     whole = len(session.student) == len(session.teacher)
-    if whole and session._teacher_evaluation(settings.suite or session.config.suite) is None:
+    if whole and teacher_evaluation(session, settings.suite or session.config.suite) is None:
         yield from relabel(session.evaluate_steps(settings.suite), "evaluate the teacher", (0, 1))
     total = len(session.student) - goal
     while True:

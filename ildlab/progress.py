@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+PATIENCE = 1.0  # seconds of work from which on a notebook shows a bar
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def lines(work: Work[T], *, every: float = 10.0) -> T:
 
 
 def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this: its stderr is no terminal, and a bar is drawn as a widget."""
+    """Whether a Jupyter kernel runs this: its stderr is no terminal, but a line that is drawn anew shows."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None
@@ -106,19 +107,24 @@ def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     desc : str
         Label of the bar.
     show : bool, optional
-        Draw a tqdm bar; by default only where stderr is a terminal or a notebook.
+        Draw a tqdm bar; by default only where stderr is a terminal, or in a notebook.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
+    notebook = _in_notebook()
     if show is None:
-        show = sys.stderr.isatty() or _in_notebook()
+        show = sys.stderr.isatty() or notebook
+    # A line of text in a notebook too: a widget that is closed while the page still draws it is an error there.
+    # Short work leaves no trace in the cell's output.
+    place = sys.stdout if notebook else sys.stderr
+    begin = time.perf_counter() + (PATIENCE if notebook else 0)
     bar = None
     try:
         while True:
             progress = next(work)
-            if show:
+            if show and time.perf_counter() >= begin:
                 if bar is None:
-                    bar = tqdm(total=progress.total, desc=desc, leave=False)
+                    bar = tqdm(total=progress.total, desc=desc, leave=False, file=place)
                 bar.total = progress.total
                 bar.n = progress.done
                 bar.set_postfix_str(progress.note, refresh=True)

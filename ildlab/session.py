@@ -8,8 +8,6 @@ last checkpoint.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import threading
 import time
@@ -22,19 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .distill import distill_steps
-from .distill_config import DistillConfig, match_points, resolve_scope
-from .distill_state import decisive
-from .errors import DistillError, JournalError, NotFiniteError, SessionError
-from .evaluate import Evaluation, evaluate_steps
+from . import session_steps
+from .distill_config import DistillConfig
+from .errors import JournalError, SessionError
+from .evaluate import Evaluation
 from .export import check_describable
-from .heal import HealResult, heal_steps
+from .heal import HealResult
 from .history import history_table, losses_table
 from .journal import CHANGES_STUDENT, Journal, Step
 from .loop import RunSettings, run_steps
 from .models import LoadedModel, load_model
-from .progress import Progress, drive, relabel
-from .scores import LayerScores, measure_steps, options_of
+from .progress import Progress, drive
+from .scores import LayerScores
 from .session_config import SessionConfig, fingerprint, storage_dtype
 from .stack import LayerStack
 from .text import TextBlocks, load_text
@@ -336,27 +333,7 @@ class PruningSession:
         self, metric: str | None = None, **options: Any
     ) -> Generator[Progress, None, LayerScores]:
         """Score today's layers; see `measure`."""
-        metric = metric or self.config.metric
-        # Of the run's options, those that this metric has: a race is none of a metric of one pass.
-        inherited = {k: v for k, v in self.config.measure.items() if k in options_of(metric)}
-        options = {**inherited, **options}
-        seed = options.pop("seed", self._seed())
-        if metric == "task":
-            options.setdefault("suite", self.config.suite)
-        needs = {"tokenizer": self.tokenizer} if metric == "task" else {}
-        with self.acting("measure"):
-            started = time.perf_counter()
-            scores = yield from measure_steps(
-                self.student, self.text("calibration"), metric, self.teacher, seed=seed, **options, **needs
-            )
-            self._append(
-                "measure",
-                args={"metric": metric, **options},
-                result={"scores": scores.to_dict()},
-                seed=seed,
-                seconds=time.perf_counter() - started,
-            )
-        return scores
+        return session_steps.measure(self, metric, options)
 
     def measure(self, metric: str | None = None, *, show: bool | None = None, **options: Any) -> LayerScores:
         """Score today's layers on the calibration text, and journal the scores.
@@ -410,25 +387,7 @@ class PruningSession:
 
     def heal_steps(self, **options: Any) -> Generator[Progress, None, HealResult]:
         """Repair the gap in closed form; see `heal`."""
-        with self.acting("heal"):
-            gap = self._gap()
-            started = time.perf_counter()
-            try:
-                result = yield from heal_steps(
-                    self.student, self.teacher, self.text("calibration"), gap, **options
-                )
-            except BaseException:
-                self.student = self.student_at(self.journal.head.step)
-                raise
-            changed = [result.layer_id] if result.kept else []
-            self._commit(
-                "heal",
-                changed,
-                args={"gap": gap, **options},
-                result=_plain(result.to_dict()),
-                seconds=time.perf_counter() - started,
-            )
-        return result
+        return session_steps.heal(self, options)
 
     def heal(self, *, show: bool | None = None, **options: Any) -> HealResult:
         """Fold a linear map into the layer below the gap, where that lowers KL on text it was not fitted on.
@@ -452,60 +411,7 @@ class PruningSession:
         config = config or DistillConfig.from_dict(self.config.distill)
         if changes:
             config = DistillConfig.from_dict({**config.to_dict(), **changes})
-        with self.acting("distill"):
-            return (yield from self._distill_steps(config, text, gap))
-
-    def _distill_steps(self, config: DistillConfig, text: str | None, gap: Sequence[int] | None):
-        gap = self._gap() if gap is None else self._removed_before(gap)
-        seed = self._seed() if config.seed is None else config.seed
-        config = replace(config, seed=seed)
-        # All that can be wrong is found out before anything of an interrupted distillation is set aside.
-        config.check()
-        match_points(config, self.student, resolve_scope(config.scope, self.student, gap))
-        changed = [step.step for step in self.path if step.action in CHANGES_STUDENT]
-        checkpoint = _checkpoint_of(self.folder / "checkpoint", changed, config, text, gap)
-        metrics = self.folder / "metrics" / f"{len(self.steps):03d}.jsonl"
-        started = time.perf_counter()
-        work = distill_steps(
-            self.student,
-            self.teacher,
-            self.text("train", text, config.tokens),
-            config,
-            gap=gap,
-            checkpoint=checkpoint,
-            metrics_path=metrics,
-        )
-        last: Progress | None = None
-        try:
-            while True:
-                try:
-                    last = next(work)
-                except StopIteration as stop:
-                    result = stop.value
-                    break
-                yield last
-        except GeneratorExit:
-            work.close()
-            if last is not None and last.done > 0:
-                trained = resolve_scope(config.scope, self.student, gap)
-                self._commit_distill(trained, config, gap, {"stopped_at": last.done}, seed, started)
-                checkpoint.unlink(missing_ok=True)  # what it holds is journaled now
-            raise
-        except BaseException as error:
-            # Whatever went wrong, today's student is again the one of the journal.
-            work.close()
-            self.student = self.student_at(self.journal.head.step)
-            if isinstance(error, NotFiniteError):  # the journal keeps why, for `diagnose`
-                self._append("failed", args={"action": "distill"}, result={"error": str(error)}, seed=seed)
-            raise
-        summary = {
-            "tokens": result.tokens,
-            "text": text or self.config.text,
-            "last": _plain(result.history.iloc[-1].to_dict()),
-        }
-        self._commit_distill(result.trained, config, gap, summary, seed, started)
-        shutil.rmtree(checkpoint.parent, ignore_errors=True)
-        return result
+        return session_steps.distill(self, config, text, gap)
 
     def distill(
         self,
@@ -551,46 +457,7 @@ class PruningSession:
         **options: Any,
     ) -> Generator[Progress, None, Evaluation]:
         """Evaluate today's student; see `evaluate`."""
-        suite = None if suite is False else suite or self.config.suite
-        blocks = self.text("eval")
-        # Perplexity and even the aggregate can look fine while copying has collapsed.
-        options.setdefault("canaries", True)
-        with self.acting("evaluate"):
-            started = time.perf_counter()
-            teacher = self._teacher_evaluation(suite)
-            found = yield from evaluate_steps(
-                self.student,
-                self.teacher,
-                blocks,
-                tokenizer=self.tokenizer,
-                suite=suite,
-                teacher_record=teacher.teacher_record() if teacher else None,
-                cache=cache or self.folder / "suites",
-                **options,
-            )
-            bare_figures = None
-            if undistilled and self.trained:
-                # What the same removals cost without any distillation: the other curve of the paper's figure.
-                bare = self.teacher.share()
-                for layer_id in self.removed:
-                    bare.remove(layer_id)
-                work = evaluate_steps(bare, self.teacher, blocks, speed=False)
-                plain = yield from relabel(work, "(never distilled) ")
-                bare_figures = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
-            self._append(
-                "evaluate",
-                args={"suite": suite},
-                result=_plain(
-                    {
-                        "evaluation": found.to_dict(),
-                        "undistilled": bare_figures,
-                        "loss": quality_loss(found),
-                        "aggregate": found.aggregate,
-                    }
-                ),
-                seconds=time.perf_counter() - started,
-            )
-        return found
+        return session_steps.evaluate(self, suite, cache, undistilled, options)
 
     def evaluate(
         self,
@@ -746,83 +613,11 @@ class PruningSession:
         # A function of the place in the run alone, so that a resumed run draws what an unbroken one draws.
         return self.config.seed + 1000 * len(self.removed)
 
-    def _gap(self) -> list[int]:
-        """Layers removed since the student was last distilled: where it has to heal."""
-        gap: list[int] = []
-        for step in self.path:
-            if step.action == "distill" and "stopped_at" not in step.result:
-                gap = []
-            elif step.action == "remove":
-                gap.append(step.args["layer_id"])
-        gap = gap or self.removed[-1:]
-        if not gap:
-            raise SessionError(
-                "Nothing was removed yet: the student is the teacher, and has nothing to learn from it."
-            )
-        return gap
-
-    def _removed_before(self, gap: Sequence[int]) -> list[int]:
-        unknown = sorted(set(gap) - set(self.removed))
-        if unknown or not gap:
-            raise SessionError(
-                f"gap={list(gap)}: give layers that were removed. {unknown or 'None'} of them was; "
-                f"removed so far: {self.removed or 'none'}."
-            )
-        return list(gap)
-
     def _append(self, action: str, **fields: Any) -> Step:
         return self.journal.append(action, layer_ids=self.student.layer_ids, **fields)
 
-    def _commit_distill(self, trained, config, gap, summary, seed, started) -> None:
-        self._commit(
-            "distill",
-            trained,
-            args={"config": config.to_dict(), "gap": gap, "trained": list(trained)},
-            result=summary,
-            seed=seed,
-            seconds=time.perf_counter() - started,
-        )
-
-    def _commit(self, action: str, changed: list[int], **fields: Any) -> None:
-        """Journal a step that changed the weights of some layers, rounded to what is stored."""
-        dtype = self.weights_dtype
-        tensors = {}
-        for layer_id in changed:
-            layer = self.student.layers[self.student.position(layer_id)]
-            with torch.no_grad():
-                for name, parameter in layer.named_parameters():
-                    stored = parameter.to(dtype)
-                    parameter.copy_(stored)
-                    tensors[f"layer.{layer_id}.{name}"] = stored
-        try:
-            self._append(action, tensors=tensors or None, **fields)
-        except JournalError:
-            self.student = self.student_at(self.journal.head.step)
-            raise
-
-    def _teacher_evaluation(self, suite: str | None) -> Evaluation | None:
-        for step in self.steps:
-            if (
-                step.action == "evaluate"
-                and suite in (None, step.args["suite"])
-                and len(step.layer_ids) == len(self.teacher)
-            ):
-                return Evaluation.from_dict(step.result["evaluation"])
-        return None
-
 
 # ---------------------------------------------------------------- helpers
-
-
-def quality_loss(found: Evaluation) -> float:
-    """The share of quality lost that `max_loss` limits.
-
-    With a suite, 1 - aggregate of the student / aggregate of the teacher (arXiv 2511.05085); without,
-    1 - perplexity of the teacher / perplexity of the student.
-    """
-    if found.suite is not None:
-        return found.quality_loss
-    return 1 - found.teacher_perplexity / found.perplexity
 
 
 def _own_layers(student: LayerStack, teacher: LayerStack) -> list[int]:
@@ -833,28 +628,3 @@ def _own_layers(student: LayerStack, teacher: LayerStack) -> list[int]:
         if mine.data_ptr() != next(teacher.layers[teacher.position(layer_id)].parameters()).data_ptr():
             own.append(layer_id)
     return own
-
-
-def _checkpoint_of(
-    folder: Path, changed: list[int], config: DistillConfig, text: str | None, gap: list[int]
-) -> Path:
-    """File for the checkpoints of this very distillation: another one's, of other settings, stays where it is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"after_steps": changed, "config": decisive(config), "text": text, "gap": gap}
-    name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    return folder / f"{name}.safetensors"
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able copy: numpy and torch scalars become Python's; a NaN is an error, not a value."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and value != value:
-        raise DistillError(
-            "A recorded value is NaN: it would hide a failure. Look at the step's metrics file."
-        )
-    return value

@@ -217,13 +217,23 @@ def test_a_full_disk_under_safetensors_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bars_are_drawn_in_a_notebook_too(monkeypatch):
+def test_bars_are_drawn_in_a_notebook_too(monkeypatch, capsys):
     """A kernel's stderr is no terminal, and the first example of the README runs for minutes."""
     import types
 
     from ildlab import progress
 
-    assert not progress._in_notebook()
+    def work(count):
+        for done in range(count):
+            yield progress.Progress(done, count, "a note")
+        return "done"
+
+    assert progress.drive(work(3)) == "done"
+    assert capsys.readouterr().out == ""
     shell = types.SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: shell))
-    assert progress._in_notebook()
+    assert progress.drive(work(3), desc="short") == "done"
+    assert capsys.readouterr().out == ""  # over before anybody wonders
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    assert progress.drive(work(3), desc="long") == "done"
+    assert "long" in capsys.readouterr().out

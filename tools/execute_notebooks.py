@@ -33,9 +33,12 @@ def execute(path: Path, folder: Path | None = None) -> None:
             # A live widget cannot be shown again: its static form stands beside it.
             cell.outputs = [o for o in cell.outputs if not is_only_widget(o)]
             for output in cell.outputs:
+                if "\r" in output.get("text", ""):  # bars, drawn over and over
+                    output["text"] = re.sub(r"[^\n]*\r", "", output["text"])
                 data = output.get("data", {})
                 if "text/html" in data:
                     data["text/html"] = PNG.sub(lambda m: m[1] + smaller(m[2]), data["text/html"])
+            cell.outputs = [o for o in cell.outputs if o.get("text", "x").strip()]
     nbformat.write(notebook, path)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
