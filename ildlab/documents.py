@@ -104,7 +104,7 @@ def find_documents(
         # The folder also holds the data card and the openings, which are no samples.
         return _from_files(name, folder / "samples.jsonl.gz", split, seed, text_column)
     path = Path(name).expanduser()
-    if _exists(path):
+    if exists(path):
         return _from_files(name, path, split, seed, text_column)
     # owner/name[:configuration]; anything that looks like a path is taken for a missing file.
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name) and not name.lower().endswith(SUFFIXES):
@@ -121,7 +121,8 @@ def find_documents(
     )
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; False for what cannot be a name of one."""
     try:
         return path.exists()
     except (OSError, ValueError):  # a whole text given as a source: too long a name, or with a NUL

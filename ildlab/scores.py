@@ -273,8 +273,7 @@ def measure_steps(
     Progress
         `partial` is the `LayerScores` so far. Close it at any time: the student is untouched.
     """
-    if metric not in METRICS:
-        raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
+    check_options(metric, options)
     if metric == "task":
         if positions is not None:
             raise MeasureError("positions=: 'task' scores the continuations of the suite's rows.")
@@ -301,13 +300,11 @@ def measure_steps(
             raise MeasureError(f"positions=: {metric!r} needs no head, so that all positions are scored.")
         from .influence import one_pass_steps
 
-        check_options(metric, options)
         work = one_pass_steps(student, rows, metric, positions=positions, batch_size=batch_size, seed=seed,
                               confidence=confidence, **options)  # fmt: skip
     else:
         from .ablation import ablation_steps
 
-        check_options(metric, options)
         work = ablation_steps(student, rows, metric, teacher, race=race, positions=positions,
                               batch_size=batch_size, seed=seed, confidence=confidence, **options)  # fmt: skip
     return (yield from work)
@@ -421,5 +418,4 @@ def _task_steps(student, *, suite=None, **options):
 
     if suite is None:
         raise MeasureError("The metric 'task' needs a suite: give suite= (and tokenizer=).")
-    check_options("task", options)
     return (yield from task_steps(student, suite=suite, **options))

@@ -214,16 +214,14 @@ def _from_yaml(path: Path, hub_root) -> Suite:
 
 def _settings(spec: dict[str, Any], where: str) -> dict[str, Any]:
     """The task's settings out of its entry in the suite file, each checked for its type."""
+    given = {name: value for name, value in spec.items() if name != "limit" or value is not None}
     for name, kind in {**_PLAIN, "limit": int}.items():
-        value = spec.get(name)
-        if value is None and name in spec and name != "limit" or value is not None and (
-            not isinstance(value, kind) or isinstance(value, bool)
-        ):  # fmt: skip
+        if name in given and (not isinstance(given[name], kind) or isinstance(given[name], bool)):
             told = {str: "a text", int: "a whole number"}.get(kind, "a number")
-            raise SuiteError(f"{where}: {name}: {value!r} is not {told}.")
-    if spec.get("limit") is not None and spec["limit"] < 1:
-        raise SuiteError(f"{where}: limit: {spec['limit']} leaves no example.")
-    settings = {name: spec[name] for name in _PLAIN if name in spec}
+            raise SuiteError(f"{where}: {name}: {given[name]!r} is not {told}.")
+    if given.get("limit", 1) < 1:
+        raise SuiteError(f"{where}: limit: {given['limit']} leaves no example.")
+    settings = {name: given[name] for name in _PLAIN if name in given}
     if "stop" in spec:
         stop = [spec["stop"]] if isinstance(spec["stop"], str) else spec["stop"]
         if not isinstance(stop, list) or not all(isinstance(mark, str) and mark for mark in stop):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ildlab.cache import atomic_file, cache_dir
-from ildlab.documents import SPLITS, Documents, _exists, find_documents
+from ildlab.documents import SPLITS, Documents, exists, find_documents
 from ildlab.errors import TextError
 
 _MAPPED = 16 * 2**20  # tokens (64 MB as int32) from which on blocks live in a memory-mapped file
@@ -172,7 +172,7 @@ def load_text(
     if tokens is not None and tokens < block:
         raise TextError(f"tokens={tokens} do not fill one block of {block}; raise tokens or lower block.")
 
-    if isinstance(source, str) and "+" in source and not _exists(Path(source).expanduser()):
+    if isinstance(source, str) and "+" in source and not exists(Path(source).expanduser()):
         return _mixture(source, tokenizer, block, tokens, split, seed, text_column)
     documents = find_documents(source, split=split, seed=seed, text_column=text_column)
     if documents.endless and tokens is None:
