@@ -37,15 +37,15 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(MODEL): | $(STAMP)
-	$(BIN)/python -m ildlab.models smollm2-135m
+	$(BIN)/python -m ildlab.model.load smollm2-135m
 
 # Reading every docstring takes half a minute: here it runs beside the model's conversion.
 $(TEXT): | $(STAMP)
-	$(BIN)/python -m ildlab.documents
+	$(BIN)/python -m ildlab.text.sources
 	@touch $@
 
 demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoint
-	$(BIN)/python -m ildlab.demo
+	$(BIN)/python -m ildlab.session.demo
 
 test: setup browser  ## All tests, and every notebook from top to bottom
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \

@@ -86,7 +86,7 @@ def _peak() -> int:
     # On Linux not ru_maxrss: that starts at the parent's, which has run other benchmarks.
     import torch
 
-    from ildlab.distill_state import peak_memory
+    from ildlab.distill.masters import peak_memory
 
     return peak_memory(torch.device("cpu"))
 
@@ -95,9 +95,9 @@ def _setup():
     import torch
 
     import ildlab.distill  # noqa: F401  (imports count for nobody)
-    from ildlab.models import load_model
-    from ildlab.stack import LayerStack
-    from ildlab.text import load_text
+    from ildlab.model.load import load_model
+    from ildlab.model.stack import LayerStack
+    from ildlab.text.blocks import load_text
 
     base = _peak()
     loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
@@ -124,8 +124,8 @@ def ours(cached: bool = False, positions: int | None = None) -> dict:
     import tempfile
 
     torch, base, _, teacher, tokens = _setup()
-    from ildlab.distill import DistillConfig, distill_steps
-    from ildlab.teacher_cache import build
+    from ildlab.distill.teacher_cache import build
+    from ildlab.distill.train import DistillConfig, distill_steps
 
     student = teacher.share()
     student.remove(GAP)
@@ -160,7 +160,7 @@ def plain() -> dict:
     torch, base, _, teacher, tokens = _setup()
     import torch.nn.functional as F
 
-    from ildlab.distill import DistillConfig, _rows_of
+    from ildlab.distill.train import DistillConfig, _rows_of
 
     model = _pruned(teacher)
     default = DistillConfig()

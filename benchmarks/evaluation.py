@@ -13,8 +13,8 @@ HELDOUT = Path(__file__).resolve().parents[2] / "shared" / "heldout" / "arc_easy
 
 def bench() -> list[dict]:
     """Rows for `benchmarks/run.py`."""
-    from ildlab.models import load_model
-    from ildlab.stack import LayerStack
+    from ildlab.model.load import load_model
+    from ildlab.model.stack import LayerStack
 
     loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
     stack = LayerStack(loaded.model)
@@ -35,8 +35,8 @@ def _throughput(stack, tokenizer, examples: int = 60) -> dict:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from ildlab.lm_eval_bridge import StackLM
-    from ildlab.suites import load_suite
+    from ildlab.evaluate.lm_eval import StackLM
+    from ildlab.evaluate.suites import load_suite
 
     if HELDOUT.is_file():
         rows = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()[:examples]]
@@ -62,7 +62,7 @@ def _throughput(stack, tokenizer, examples: int = 60) -> dict:
 
 def _ablation(stack, tokenizer) -> list[dict]:
     from ildlab import measure
-    from ildlab.suites import load_suite, score_suite
+    from ildlab.evaluate.suites import load_suite, score_suite
 
     small = load_suite("mini7@4")
     whole = score_suite(stack, tokenizer, small).aggregate
@@ -108,7 +108,7 @@ def _ablation(stack, tokenizer) -> list[dict]:
 
 
 def _mini7(stack, tokenizer) -> dict:
-    from ildlab.suites import score_suite
+    from ildlab.evaluate.suites import score_suite
 
     seconds, found = _clock(score_suite, stack, tokenizer, "mini7")
     return {

@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ildlab.ablation import token_scores
-from ildlab.cache import cache_dir
-from ildlab.models import load_model
-from ildlab.samples import Positions, Rows
-from ildlab.scores import measure
-from ildlab.stack import LayerStack
-from ildlab.text import load_text
+from ildlab.files import cache_dir
+from ildlab.importance.ablation import token_scores
+from ildlab.importance.samples import Positions, Rows
+from ildlab.importance.scores import measure
+from ildlab.model.load import load_model
+from ildlab.model.stack import LayerStack
+from ildlab.text.blocks import load_text
 
 OPTIPFAIR = "optipfair==0.4.2"
 

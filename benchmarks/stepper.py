@@ -19,10 +19,10 @@ def bench() -> Iterator[dict]:
 
 def in_the_kernel() -> list[dict]:
     """Distill SmolLM2 by the session alone and through the stepper, in turns, on the same tokens."""
-    from ildlab.models import load_model
+    from ildlab.model.load import load_model
     from ildlab.progress import drive
-    from ildlab.session import PruningSession
-    from ildlab.stepper import Stepper
+    from ildlab.session.session import PruningSession
+    from ildlab.widgets.stepper import Stepper
 
     loaded = load_model("smollm2-135m")
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def teacher():
     """SmolLM2-135M in fp32. Shared by all tests: do not change it (`copy.deepcopy` first)."""
-    from ildlab.models import load_model
+    from ildlab.model.load import load_model
 
     return load_model("smollm2-135m", dtype="float32", device="cpu")
 
@@ -61,7 +61,7 @@ def tiny():
 @pytest.fixture
 def short_speed(monkeypatch):
     """Generation is timed over a few tokens: what it gives is not what is tested."""
-    from ildlab import generation
+    from ildlab.evaluate.text_quality import generation
 
     real = generation.generation_speed
     monkeypatch.setattr(generation, "generation_speed", lambda *a: real(*a, new_tokens=2, rounds=1))
@@ -70,7 +70,7 @@ def short_speed(monkeypatch):
 @pytest.fixture(scope="session")
 def blocks(teacher):
     """A few real token blocks [16, 64] of Python's docs (calibration split)."""
-    from ildlab.text import load_text
+    from ildlab.text.blocks import load_text
 
     return load_text("python-docs", teacher.tokenizer, block=64, tokens=16 * 64, split="calibration")
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ildlab import ablation
-from ildlab.ablation import branches, sweep, token_scores
-from ildlab.scores import measure
-from ildlab.stack import LayerStack
+from ildlab.importance import ablation
+from ildlab.importance.ablation import branches, sweep, token_scores
+from ildlab.importance.scores import measure
+from ildlab.model.stack import LayerStack
 
 
 @pytest.fixture(scope="module")
@@ -315,8 +315,8 @@ def test_ranking_under_a_memory_cap(teacher, tmp_path):
         import json, sys, torch
         torch.set_num_threads(1)
         from transformers import AutoModelForCausalLM
-        from ildlab.scores import measure
-        from ildlab.stack import LayerStack
+        from ildlab.importance.scores import measure
+        from ildlab.model.stack import LayerStack
         folder = sys.argv[1]
         place = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
         place |= {f"model.layers.{i}": "disk" for i in range(30)}

@@ -6,13 +6,13 @@ import matplotlib
 import pandas as pd
 import pytest
 
-from ildlab import plots_suites
-from ildlab.compare import METHODS, compare_steps, curve, published_curves, task_columns
 from ildlab.errors import SessionError
-from ildlab.models import LoadedModel
+from ildlab.evaluate.suites import load_suite
+from ildlab.model.load import LoadedModel
+from ildlab.plots import suites as plots_suites
 from ildlab.progress import drive
-from ildlab.session import PruningSession
-from ildlab.suites import load_suite
+from ildlab.session.methods import METHODS, compare_steps, curve, published_curves, task_columns
+from ildlab.session.session import PruningSession
 
 pytestmark = pytest.mark.usefixtures("short_speed")
 
@@ -58,7 +58,7 @@ def test_every_method_has_a_curve_and_goes_on_where_it_stopped(table, loaded):
 
 
 def test_the_teacher_is_scored_once(loaded, text_file, tmp_path, monkeypatch):
-    import ildlab.suites as suites
+    import ildlab.evaluate.suites as suites
 
     scored = []
     real = suites._own_steps

@@ -7,8 +7,8 @@ import json
 import pandas as pd
 import pytest
 
-from ildlab.diagnose import Thresholds, diagnose
-from ildlab.session import PruningSession
+from ildlab.session.diagnosis import Thresholds, diagnose
+from ildlab.session.session import PruningSession
 
 NAN = float("nan")
 

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from ildlab.distill import DistillConfig, DistillResult, distill, distill_steps, resolve_scope
-from ildlab.distill_config import match_points
-from ildlab.distill_launch import launch_steps, run
-from ildlab.distill_step import Counts, DistillStep
+from ildlab.distill.config import match_points
+from ildlab.distill.launch import launch_steps, run
+from ildlab.distill.step import Counts, DistillStep
+from ildlab.distill.teacher_cache import TeacherCache, build
+from ildlab.distill.train import DistillConfig, DistillResult, distill, distill_steps, resolve_scope
 from ildlab.errors import DistillError
-from ildlab.stack import LayerStack
-from ildlab.teacher_cache import TeacherCache, build
+from ildlab.model.stack import LayerStack
 
 BASE = DistillConfig(
     scope="suffix",
@@ -303,7 +303,7 @@ def test_not_finite_stops_with_the_last_good_weights(tiny):
 
 
 def distill_rows(n):
-    from ildlab.distill import _rows_of
+    from ildlab.distill.train import _rows_of
 
     return torch.cat([_rows_of(step, n, BASE) for step in range(3)]).tolist()
 
@@ -359,8 +359,8 @@ def test_resumed_curves_equal_the_unbroken_one(tiny, tmp_path, lora):
 KILLED = """
 import os, random, signal, torch
 import accelerate, transformers.models.llama  # once, for all children
-from ildlab.distill import DistillConfig, distill_steps
-from ildlab.stack import LayerStack
+from ildlab.distill.train import DistillConfig, distill_steps
+from ildlab.model.stack import LayerStack
 config, draw = DistillConfig.from_dict({config!r}), random.Random(0)
 torch.set_num_threads(1)
 for attempt in range(10):
@@ -589,7 +589,7 @@ def test_bad_text_and_pairs(tiny):
 
 
 def test_seeded_order_covers_the_text(tiny):
-    from ildlab.distill import _rows_of
+    from ildlab.distill.train import _rows_of
 
     config = replace(BASE, batch_size=3)
     seen = torch.cat([_rows_of(step, 10, config) for step in range(10)]).tolist()

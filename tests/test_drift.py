@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from ildlab.agreement import agreement, compare_metrics
-from ildlab.drift import block_distances, drift, logit_lens, redundancy, token_drift
 from ildlab.errors import MeasureError
-from ildlab.scores import measure
-from ildlab.stack import LayerStack
+from ildlab.importance.agreement import compare_metrics, rank_agreement
+from ildlab.importance.hidden_states import block_distances, drift, logit_lens, redundancy, token_drift
+from ildlab.importance.scores import measure
+from ildlab.model.stack import LayerStack
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +167,12 @@ def test_compare_metrics(pair, tokens):
     assert len(found.table) == 3 and list(found.costs.index) == ["block_influence", "magnitude", "kl"]
     square = found.matrix("kendall")
     assert square.loc["kl", "magnitude"] == square.loc["magnitude", "kl"]
-    same = agreement({"a": found.scores["kl"], "b": found.scores["kl"]}, k=2)
+    same = rank_agreement({"a": found.scores["kl"], "b": found.scores["kl"]}, k=2)
     assert same.table.iloc[0][["spearman", "kendall", "top"]].tolist() == pytest.approx([1, 1, 1])
     assert "What each cost" in found._repr_html_()
     with pytest.raises(MeasureError, match="at least two"):
-        agreement({"a": found.scores["kl"]})
+        rank_agreement({"a": found.scores["kl"]})
     with pytest.raises(MeasureError, match="k=9"):
-        agreement(found.scores, 9)
+        rank_agreement(found.scores, 9)
     with pytest.raises(MeasureError, match="different students"):
-        agreement({"a": found.scores["kl"], "b": measure(teacher, tokens)})
+        rank_agreement({"a": found.scores["kl"], "b": measure(teacher, tokens)})

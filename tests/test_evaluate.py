@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ildlab.errors import SuiteError, TextError
-from ildlab.evaluate import Evaluation, evaluate, evaluate_steps
-from ildlab.stack import LayerStack
+from ildlab.evaluate.text_quality import Evaluation, evaluate, evaluate_steps
+from ildlab.model.stack import LayerStack
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def naive(stack, tokens):
 def test_figures_equal_a_naive_fp64_run(pair, tokens, monkeypatch):
     import copy
 
-    import ildlab.evaluate as module
+    import ildlab.evaluate.text_quality as module
 
     monkeypatch.setattr(module, "CHUNK", 7)
     student, teacher = pair
@@ -89,14 +89,14 @@ def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, 
     stack = LayerStack(tiny(3, vocab=len(teacher.tokenizer)))
     student = stack.share()
     student.remove(1)
-    from ildlab.suites import load_suite
+    from ildlab.evaluate.suites import load_suite
 
     suite = load_suite("mini7", limit=1)
     first = evaluate(student, stack, tokens, tokenizer=teacher.tokenizer, suite=suite, speed=False)
     assert first.suite.name == "mini7" and first.teacher_suite.fingerprint == first.suite.fingerprint
     assert first.aggregate == first.suite.aggregate
     calls = []
-    import ildlab.suites as module
+    import ildlab.evaluate.suites as module
 
     plain = module.suite_steps
     monkeypatch.setattr(

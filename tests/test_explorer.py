@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ildlab.explorer import VIEWS, Explorer
-from ildlab.models import load_model
-from ildlab.text import load_text
+from ildlab.model.load import load_model
+from ildlab.text.blocks import load_text
+from ildlab.widgets.explorer import VIEWS, Explorer
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ildlab import measure
-from ildlab.distill import distill
-from ildlab.distill_config import DistillConfig
-from ildlab.evaluate import evaluate
-from ildlab.models import load_model
-from ildlab.session import PruningSession
-from ildlab.stack import LayerStack
-from ildlab.suites import load_suite, score_suite
+from ildlab.distill.config import DistillConfig
+from ildlab.distill.train import distill
+from ildlab.evaluate.suites import load_suite, score_suite
+from ildlab.evaluate.text_quality import evaluate
+from ildlab.model.load import load_model
+from ildlab.model.stack import LayerStack
+from ildlab.session.session import PruningSession
 
 DEVICE = os.environ.get("ILDLAB_GPU_DEVICE", "cuda")
 pytestmark = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ildlab.distill.heal import _projection, _solve, heal
 from ildlab.errors import DistillError
-from ildlab.heal import _projection, _solve, heal
-from ildlab.stack import LayerStack
+from ildlab.model.stack import LayerStack
 
 
 def pair(tiny, gone=2, **options):

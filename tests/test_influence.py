@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ildlab.samples import Positions, Rows
-from ildlab.scores import measure
-from ildlab.stack import LayerStack
+from ildlab.importance.samples import Positions, Rows
+from ildlab.importance.scores import measure
+from ildlab.model.stack import LayerStack
 
 
 @pytest.fixture(scope="module")

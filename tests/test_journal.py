@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from ildlab import journal as module
 from ildlab.errors import JournalError
-from ildlab.journal import Journal
+from ildlab.session import journal as module
+from ildlab.session.journal import Journal
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_damage_in_the_middle_is_an_error(run):
 
 def test_one_writer(run):
     code = (
-        "import sys; from ildlab.journal import Journal; from ildlab.errors import JournalError\n"
+        "import sys; from ildlab.session.journal import Journal; from ildlab.errors import JournalError\n"
         "try: Journal.open(sys.argv[1])\n"
         "except JournalError as e: print(e)\n"
     )

@@ -14,9 +14,9 @@ from lm_eval.models.huggingface import HFLM
 
 from ildlab import measure
 from ildlab.errors import SuiteError
-from ildlab.lm_eval_bridge import LmEvalSuite, StackLM, _manager
-from ildlab.stack import LayerStack
-from ildlab.suites import load_suite, score_suite
+from ildlab.evaluate.lm_eval import LmEvalSuite, StackLM, _manager
+from ildlab.evaluate.suites import load_suite, score_suite
+from ildlab.model.stack import LayerStack
 
 HELDOUT = Path(__file__).resolve().parents[2] / "shared" / "heldout"
 

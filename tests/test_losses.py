@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ildlab.errors import DistillError
-from ildlab.fused import fused_divergence, plain_head
-from ildlab.losses import (
+from ildlab.distill.fused import fused_divergence, plain_head
+from ildlab.distill.losses import (
     Divergence,
     divergence,
     hidden_distance,
     naive_divergence,
     normed,
 )
-from ildlab.stack import LayerStack
+from ildlab.errors import DistillError
+from ildlab.model.stack import LayerStack
 
 SPECS = [
     Divergence(),
@@ -47,7 +47,7 @@ def test_fused_equals_the_naive_form_in_fp64(tiny, spec, with_labels, plain, mon
     teacher, student = pair(tiny)
     teacher64, student64 = pair(tiny, torch.float64)
     if not plain:
-        monkeypatch.setattr("ildlab.fused.plain_head", lambda stack, probe: None)
+        monkeypatch.setattr("ildlab.distill.fused.plain_head", lambda stack, probe: None)
     weights = torch.rand(23)
     weights[4] = 0
     labels = torch.randint(0, 97, (23,)) if with_labels else None
@@ -176,7 +176,7 @@ class LargestLogits(TorchDispatchMode):
 def test_logits_of_a_whole_batch_never_exist(tiny, plain, monkeypatch):
     teacher, student = pair(tiny)
     if not plain:
-        monkeypatch.setattr("ildlab.fused.plain_head", lambda stack, probe: None)
+        monkeypatch.setattr("ildlab.distill.fused.plain_head", lambda stack, probe: None)
     mine, target = hiddens(student, n=200)
     with LargestLogits(97) as seen:  # the head's matrix itself has 32 such rows, transposed
         fused_divergence(student, teacher, mine, target, weights=torch.ones(200), chunk=40)[0].backward()

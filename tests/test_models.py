@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from ildlab import models
 from ildlab.errors import ModelError
+from ildlab.model import load as models
 
 
 def test_bundled_model_is_real(teacher):

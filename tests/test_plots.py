@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from ildlab import plots, plots_base
+from ildlab import plots
+from ildlab.plots import canvas
 
 LIGHT, DARK = "#ffffff", "#111111"  # JupyterLab's --jp-layout-color0 in its two themes
 
@@ -18,7 +19,7 @@ def brightened(colour: str) -> tuple[float, ...]:
     """What CSS filter brightness() makes of a colour."""
     from matplotlib.colors import to_rgb
 
-    return tuple(min(1.0, c * plots_base.DARK_BRIGHTNESS) for c in to_rgb(colour))
+    return tuple(min(1.0, c * canvas.DARK_BRIGHTNESS) for c in to_rgb(colour))
 
 
 @pytest.fixture
@@ -39,14 +40,14 @@ def test_contrast_is_wcags():
 
 
 def test_text_passes_aa_in_both_themes():
-    assert plots.contrast(plots_base.TEXT, LIGHT) >= 4.5
-    assert plots.contrast(brightened(plots_base.TEXT), DARK) >= 4.5
+    assert plots.contrast(canvas.TEXT, LIGHT) >= 4.5
+    assert plots.contrast(brightened(canvas.TEXT), DARK) >= 4.5
     # Where no style sheet applies (a dark GitHub page), still far above what marks need.
-    assert plots.contrast(plots_base.TEXT, DARK) >= 3.5
+    assert plots.contrast(canvas.TEXT, DARK) >= 3.5
 
 
 def test_marks_pass_three_to_one_in_both_themes():
-    for colour in (*plots_base.COLOURS, plots_base.LINE):
+    for colour in (*canvas.COLOURS, canvas.LINE):
         assert plots.contrast(colour, LIGHT) >= 3, colour
         assert plots.contrast(brightened(colour), DARK) >= 3, colour
 
@@ -59,7 +60,7 @@ def test_every_text_of_a_figure_is_in_the_tested_grey(scores):
     ax.figure.draw_without_rendering()
     for text in ax.figure.findobj(Text):
         if text.get_text() and text.get_visible():
-            assert to_hex(text.get_color()) == plots_base.TEXT, text.get_text()
+            assert to_hex(text.get_color()) == canvas.TEXT, text.get_text()
 
 
 def test_importance_draws_the_scores_and_marks_the_least(scores):

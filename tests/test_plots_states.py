@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from ildlab import plots, plots_base
+from ildlab import plots
+from ildlab.plots import canvas
 
 L = 6
 LABELS = pd.Index([*range(L), "out"], dtype=object)
@@ -95,7 +96,7 @@ def test_every_text_reads_on_its_ground(name):
     in_cells = {t for t in ax.texts if t.get_color() in ("#000000", "#ffffff")}
     for text in ax.figure.findobj(Text):
         if text.get_text() and text.get_visible() and text not in in_cells:
-            assert to_hex(text.get_color()) == plots_base.TEXT, text.get_text()
+            assert to_hex(text.get_color()) == canvas.TEXT, text.get_text()
     if in_cells:
         image = ax.images[0]
         grid = image.get_array()

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import ildlab
-from ildlab import cache
+from ildlab import files
 from ildlab.errors import IldlabError, JournalError
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +64,7 @@ def test_environment_yml_equals_pyproject():
 def test_every_import_is_declared():
     declared = direct_dependencies()
     module_of = {
+        "lazy-loader": "lazy_loader",
         "pyyaml": "yaml",
         "rouge-score": "rouge_score",
         "lm-eval": "lm_eval",
@@ -85,8 +86,10 @@ def test_every_import_is_declared():
     }
     # Benchmarks measure against rivals where a person has installed them, and borrow the tests' browser.
     benchmarking = {"optipfair", "trl", "tests"}
-    for file in [*ROOT.glob("ildlab/*.py"), *ROOT.glob("benchmarks/*.py")]:
-        local = {each.stem for each in file.parent.glob("*.py")} if file.parent.name != "ildlab" else set()
+    for file in [*ROOT.glob("ildlab/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        local = (
+            {each.stem for each in file.parent.glob("*.py")} if file.parent.name == "benchmarks" else set()
+        )
         for node in ast.walk(ast.parse(file.read_text())):
             modules = []
             if isinstance(node, ast.Import):
@@ -117,11 +120,17 @@ def test_import_is_light():
 
 
 def test_public_names_resolve():
-    modules = {file.stem for file in (ROOT / "ildlab").glob("*.py")}
-    for name, module in ildlab._PUBLIC.items():
-        assert name not in modules, f"{name} is a module as well"
-        assert getattr(ildlab, name) is getattr(importlib.import_module(f"ildlab.{module}"), name)
-    assert set(ildlab.__all__) <= set(dir(ildlab))
+    """Everything that a package hands on is there, and is no module's name too."""
+    for init in (ROOT / "ildlab").rglob("__init__.py"):
+        package = importlib.import_module(".".join(init.parent.relative_to(ROOT).parts))
+        modules = {each.stem for each in init.parent.glob("*.py")} | {
+            each.name for each in init.parent.iterdir() if each.is_dir()
+        }
+        for name in set(package.__all__) - modules:
+            assert getattr(package, name) is not None
+            assert not isinstance(getattr(package, name), type(ildlab)), (
+                f"{package.__name__}.{name} is a module"
+            )
     assert not hasattr(ildlab, "no_such_name")
 
 
@@ -138,11 +147,11 @@ def test_wheel_holds_code_and_data(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
-    assert {f"ildlab/{file.name}" for file in (ROOT / "ildlab").glob("*.py")} <= names
+    assert {file.relative_to(ROOT).as_posix() for file in (ROOT / "ildlab").rglob("*.py")} <= names
     shipped = {file.relative_to(ROOT / "data") for file in (ROOT / "data").rglob("*") if file.is_file()}
     assert {f"ildlab/data/{file.as_posix()}" for file in shipped} <= names
     assert not any(name.startswith(("tests/", "notebooks/")) for name in names)
-    code = "import ildlab.cache as c; print(c.__file__); print(c.data_dir())"
+    code = "import ildlab.files as c; print(c.__file__); print(c.data_dir())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(tmp_path / "site")},
@@ -151,7 +160,7 @@ def test_wheel_holds_code_and_data(tmp_path):
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [str(tmp_path / "site/ildlab" / name) for name in ("cache.py", "data")]
+    assert done.stdout.split() == [str(tmp_path / "site/ildlab" / name) for name in ("files.py", "data")]
 
 
 # ---- ildlab.cache ----------------------------------------------------------------------------------
@@ -159,29 +168,29 @@ def test_wheel_holds_code_and_data(tmp_path):
 
 def test_cache_dir_honours_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "elsewhere"))
-    assert cache.cache_dir("a", "b") == tmp_path / "elsewhere" / "a" / "b"
+    assert files.cache_dir("a", "b") == tmp_path / "elsewhere" / "a" / "b"
     assert (tmp_path / "elsewhere" / "a" / "b").is_dir()
     monkeypatch.delenv("ILDLAB_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache.cache_dir() == tmp_path / ".cache" / "ildlab"
+    assert files.cache_dir() == tmp_path / ".cache" / "ildlab"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "file"))
     with pytest.raises(JournalError):
-        cache.cache_dir("sub")
+        files.cache_dir("sub")
 
 
 def test_data_dir_of_a_checkout(monkeypatch, tmp_path):
-    assert cache.data_dir() == ROOT / "data"
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "ildlab" / "cache.py"))
+    assert files.data_dir() == ROOT / "data"
+    monkeypatch.setattr(files, "__file__", str(tmp_path / "ildlab" / "files.py"))
     with pytest.raises(IldlabError, match="Install ildlab again"):
-        cache.data_dir()
+        files.data_dir()
 
 
 def test_write_atomic(tmp_path):
     file = tmp_path / "new" / "a.json"
-    assert cache.write_atomic(file, "é\r\n") == file
+    assert files.write_atomic(file, "é\r\n") == file
     assert file.read_bytes() == "é\r\n".encode()
-    cache.write_atomic(file, b"\x00\x01")
+    files.write_atomic(file, b"\x00\x01")
     assert file.read_bytes() == b"\x00\x01"
     plain = tmp_path / "plain"
     plain.write_text("")
@@ -194,24 +203,24 @@ def test_write_atomic(tmp_path):
 )
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, message):
     file = tmp_path / "a.json"
-    cache.write_atomic(file, "old")
+    files.write_atomic(file, "old")
 
     def fail(handle):
         raise OSError(number, "injected")
 
-    monkeypatch.setattr(cache.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(JournalError, match=message):
-        cache.write_atomic(file, "new")
+        files.write_atomic(file, "new")
     assert file.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_full_disk_under_safetensors_is_named(tmp_path):
     with pytest.raises(JournalError, match="disk is full"):
-        with cache.atomic_file(tmp_path / "a.safetensors"):
+        with files.atomic_file(tmp_path / "a.safetensors"):
             raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(ZeroDivisionError):
-        with cache.atomic_file(tmp_path / "b") as temporary:
+        with files.atomic_file(tmp_path / "b") as temporary:
             temporary.write_text("half")
             _ = 1 / 0
     assert list(tmp_path.iterdir()) == []

@@ -9,11 +9,11 @@ import json
 import pytest
 import torch
 
-from ildlab.cache import data_dir
 from ildlab.errors import TextError
+from ildlab.files import data_dir
 from ildlab.progress import drive
-from ildlab.sampling import _cache, _documents, openings, questions, sample_steps, write_samples
-from ildlab.text import load_text
+from ildlab.text.blocks import load_text
+from ildlab.text.sampling import _cache, _documents, openings, questions, sample_steps, write_samples
 
 
 def test_openings_vary_and_repeat_by_seed():

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ildlab import parallel
 from ildlab.errors import MeasureError
-from ildlab.samples import Positions, Rows, resamples
-from ildlab.scores import LayerScores, measure, measure_steps
-from ildlab.stack import LayerStack
+from ildlab.importance import batches as parallel
+from ildlab.importance.samples import Positions, Rows, resamples
+from ildlab.importance.scores import LayerScores, measure, measure_steps
+from ildlab.model.stack import LayerStack
 
 
 def made(values, weights=None, **kwargs):
@@ -289,8 +289,8 @@ def test_two_processes_rank_as_one(tmp_path, tiny, tokens):
         import json, os, sys, torch
         torch.set_num_threads(1)
         from transformers import LlamaForCausalLM
-        from ildlab.scores import measure
-        from ildlab.stack import LayerStack
+        from ildlab.importance.scores import measure
+        from ildlab.model.stack import LayerStack
         folder, ways = sys.argv[1], json.loads(sys.argv[2])
         stack = LayerStack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
         tokens = torch.load(folder + "/tokens.pt")

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ildlab.diagnose import diagnose
-from ildlab.distill_config import DistillConfig, resolve_scope
+from ildlab.distill.config import DistillConfig, resolve_scope
 from ildlab.errors import (
     DistillError,
     ExportError,
@@ -22,11 +21,12 @@ from ildlab.errors import (
     SuiteError,
     TextError,
 )
-from ildlab.history import history_table, task_table
-from ildlab.loop import next_phase
-from ildlab.models import LoadedModel
-from ildlab.session import PruningSession
-from ildlab.session_config import SessionConfig
+from ildlab.model.load import LoadedModel
+from ildlab.session.config import SessionConfig
+from ildlab.session.diagnosis import diagnose
+from ildlab.session.loop import next_phase
+from ildlab.session.session import PruningSession
+from ildlab.session.tables import history_table, task_table
 
 pytestmark = pytest.mark.usefixtures("short_speed")
 
@@ -244,7 +244,7 @@ def test_a_run_stopped_before_its_verdict_gets_it_when_it_goes_on(make):
 
 
 def test_the_verdict_is_that_of_the_runs_own_suite(make, monkeypatch):
-    import ildlab.evaluation as evaluation
+    import ildlab.evaluate.record as evaluation
 
     said = evaluation.Estimate(0.0, 0.0, 0.0)
     monkeypatch.setattr(evaluation, "quality_loss", lambda *_, **__: said)
@@ -313,7 +313,7 @@ def test_the_limit_undoes_nothing_that_a_person_removed(make):
 
 def test_the_aggregate_decides_where_there_is_a_suite(make, monkeypatch):
     """Perplexity says that all is lost, the aggregate that nothing is: the run goes on; and the other way round."""
-    import ildlab.evaluation as evaluation
+    import ildlab.evaluate.record as evaluation
 
     for loss, kept in ((0.0, 1), (0.9, 0)):
         said = evaluation.Estimate(loss, loss, loss)
@@ -624,8 +624,8 @@ def test_export_is_a_plain_checkpoint(make, tmp_path):
     assert json.loads((path / "ildlab.json").read_text())["removed"] == session.removed
     assert session.steps[-1].result["verdict"].startswith("4 layers")
     # An exported student may itself be a teacher, and remembers its layer ids.
-    from ildlab.models import load_model
-    from ildlab.stack import LayerStack
+    from ildlab.model.load import load_model
+    from ildlab.model.stack import LayerStack
 
     assert LayerStack(load_model(path).model).layer_ids == session.student.layer_ids
     with pytest.raises(ExportError, match="not an empty folder"):
@@ -633,7 +633,7 @@ def test_export_is_a_plain_checkpoint(make, tmp_path):
 
 
 def test_the_verdict_on_the_cache_allows_for_rounding_alone(tiny):
-    from ildlab.export import _same_but_for_rounding
+    from ildlab.session.export import _same_but_for_rounding
 
     model = tiny(3)
     one = torch.tensor([5, 6, 7, 8])
@@ -652,7 +652,7 @@ def test_the_verdict_on_the_cache_allows_for_rounding_alone(tiny):
 
 
 def test_export_refuses_a_checkpoint_that_is_not_the_student(make, tmp_path, monkeypatch):
-    from ildlab import export
+    from ildlab.session import export
 
     session = make()
     session.remove(2)
@@ -674,8 +674,8 @@ def test_export_refuses_a_checkpoint_that_is_not_the_student(make, tmp_path, mon
 KILLER = """
 import json, os, signal, sys
 import accelerate, transformers.models.llama  # once, for all children
-from ildlab.models import LoadedModel
-from ildlab.session import PruningSession
+from ildlab.model.load import LoadedModel
+from ildlab.session.session import PruningSession
 
 for folder, phase, times in json.loads(sys.argv[1]):
     out, into = os.pipe()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ildlab.errors import SessionError, UnsupportedModelError
-from ildlab.stack import LayerStack, shared_prefix
+from ildlab.model.stack import LayerStack, shared_prefix
 
 FAMILIES = {
     "llama": ("LlamaConfig", {}),

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from ildlab.errors import SessionError
-from ildlab.plots_base import contrast
+from ildlab.plots.canvas import contrast
 from ildlab.progress import Progress
-from ildlab.session import PruningSession
-from ildlab.stepper import Stepper
-from ildlab.stepper_figures import FIGURES
-from ildlab.stepper_strip import shade
-from ildlab.stepper_worker import Worker
+from ildlab.session.session import PruningSession
+from ildlab.widgets.figures import FIGURES
+from ildlab.widgets.stepper import Stepper
+from ildlab.widgets.strip import shade
+from ildlab.widgets.worker import Worker
 
 pytestmark = pytest.mark.usefixtures("short_speed")
 
@@ -355,7 +355,7 @@ def test_distill_in_the_background_is_stopped_and_kept(session):
 
 
 def test_live_figure_takes_a_small_share_of_the_time(stepper, monkeypatch):
-    from ildlab import stepper as module
+    from ildlab.widgets import stepper as module
 
     clock, drawn = [0.0], []
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from ildlab import measure
-from ildlab.aggregate import SuiteResult, TaskResult, compare, quality_loss
 from ildlab.errors import MeasureError, SuiteError
-from ildlab.stack import LayerStack
-from ildlab.suites import Suite, load_suite, model_fingerprint, score_suite
-from ildlab.tasks import Task
+from ildlab.evaluate.results import SuiteResult, TaskResult, compare, quality_loss
+from ildlab.evaluate.suites import Suite, load_suite, model_fingerprint, score_suite
+from ildlab.evaluate.tasks import Task
+from ildlab.model.stack import LayerStack
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_results_survive_json_and_show_themselves():
 def test_results_are_kept_by_model_and_suite(stack, teacher, tmp_path, monkeypatch):
     suite = load_suite("mini7", limit=2)
     first = score_suite(stack, teacher.tokenizer, suite, cache=tmp_path)
-    import ildlab.suites as module
+    import ildlab.evaluate.suites as module
 
     monkeypatch.setattr(module, "score_steps", None)  # a second scoring would fail
     again = score_suite(stack, teacher.tokenizer, suite, cache=tmp_path)
@@ -242,7 +242,7 @@ def test_paper7_on_local_stand_ins_of_the_same_schema(tmp_path, stack, teacher, 
 def load_yaml(name):
     import yaml
 
-    from ildlab.cache import data_dir
+    from ildlab.files import data_dir
 
     return yaml.safe_load((data_dir() / "suites" / f"{name}.yaml").read_text(encoding="utf-8"))
 
@@ -330,7 +330,7 @@ def test_race_keeps_the_least_important_layer(tiny, teacher):
         ids = torch.tensor([[i + 300, i + 900]])
         best = int(stack.model(input_ids=ids).logits[0, -1].argmax())
         rows.append((teacher.tokenizer.decode(ids[0]), teacher.tokenizer.decode([best])))
-    from ildlab.tasks import Task
+    from ildlab.evaluate.tasks import Task
 
     task = Task(
         "own",
@@ -347,7 +347,7 @@ def test_race_keeps_the_least_important_layer(tiny, teacher):
 
 
 def test_task_ablation_refuses_what_it_cannot_score(stack, teacher):
-    from ildlab.tasks import Task
+    from ildlab.evaluate.tasks import Task
 
     generating = Suite("g", (Task("g", "generation", ({"context": "a", "references": ["b"]},)),))
     with pytest.raises(MeasureError, match="must generate text"):

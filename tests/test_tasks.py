@@ -10,12 +10,12 @@ import torch
 
 from ildlab import measure
 from ildlab.errors import MeasureError, SuiteError
-from ildlab.loglikelihood import Outcomes, encode, encode_rolling, largest_tree, score_steps
-from ildlab.packing import Encoded, make_batches
+from ildlab.evaluate.loglikelihood import Outcomes, encode, encode_rolling, largest_tree, score_steps
+from ildlab.evaluate.packing import Encoded, make_batches
+from ildlab.evaluate.suites import Suite, score_suite
+from ildlab.evaluate.tasks import Task, check_row, kind_of, measures, pairs, read_jsonl, requests, weights
+from ildlab.model.stack import LayerStack
 from ildlab.progress import drive
-from ildlab.stack import LayerStack
-from ildlab.suites import Suite, score_suite
-from ildlab.tasks import Task, check_row, kind_of, measures, pairs, read_jsonl, requests, weights
 
 ROWS = [
     {"query": "The sky is", "choices": ["blue", "made of old bricks", "loud"], "gold": 0},
@@ -68,7 +68,7 @@ def test_examples_with_a_common_prompt_share_a_row():
 
 
 def test_a_model_that_takes_no_trees_gets_plain_rows(stack, teacher, monkeypatch):
-    import ildlab.loglikelihood as module
+    import ildlab.evaluate.loglikelihood as module
 
     encoded, owner = requests(Task("t", "multiple_choice", tuple(ROWS)), teacher.tokenizer, 256)
     trees = drive(score_steps(stack, encoded, owner))
@@ -326,7 +326,7 @@ def test_bad_tasks_say_what_is_wrong(changes, message):
 
 
 def test_generated_answers(teacher):
-    from ildlab.generation import _Stopped, chrf, cut, greedy_steps, rouge_l
+    from ildlab.evaluate.generation import _Stopped, chrf, cut, greedy_steps, rouge_l
 
     stack = LayerStack(teacher.model)
     prompts = ["One, two, three,", "The capital of France is the city of"]

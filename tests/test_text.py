@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from ildlab import documents, text
-from ildlab.documents import SPLITS, find_documents, split_of
 from ildlab.errors import TextError
-from ildlab.text import load_text, tokenizer_fingerprint
+from ildlab.text import blocks as text
+from ildlab.text import sources as documents
+from ildlab.text.blocks import load_text, tokenizer_fingerprint
+from ildlab.text.sources import SPLITS, find_documents, split_of
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +176,7 @@ def test_a_text_without_paragraphs_is_cut(tmp_path):
 
 def test_python_docs_run_nothing_and_are_real(tokenizer):
     code = (
-        "import sys; from ildlab.documents import find_documents\n"
+        "import sys; from ildlab.text.sources import find_documents\n"
         "page = next(find_documents('python-docs', split='eval').stream())\n"
         "print(len(page), *(name for name in ('scipy', 'sympy', 'seaborn', 'torch') if name in sys.modules))"
     )

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from ildlab.ablation import _race, branches, token_scores
-from ildlab.cache import cache_dir
-from ildlab.models import load_model
-from ildlab.samples import Positions, Rows, Samples
-from ildlab.stack import LayerStack
-from ildlab.text import load_text
+from ildlab.files import cache_dir
+from ildlab.importance.ablation import _race, branches, token_scores
+from ildlab.importance.samples import Positions, Rows, Samples
+from ildlab.model.load import load_model
+from ildlab.model.stack import LayerStack
+from ildlab.text.blocks import load_text
 
 HEAD = 8  # decoder layers' worth of operations, on SmolLM2
 BATCH, FIRST = 2, 2

@@ -16,12 +16,12 @@ from pathlib import Path
 import pandas as pd
 from judge_students import unspaced
 
-from ildlab.documents import split_of
-from ildlab.evaluate import evaluate
-from ildlab.session import PruningSession
-from ildlab.suites import Suite, score_suite
-from ildlab.tasks import Task, read_jsonl
-from ildlab.text import load_text
+from ildlab.evaluate.suites import Suite, score_suite
+from ildlab.evaluate.tasks import Task, read_jsonl
+from ildlab.evaluate.text_quality import evaluate
+from ildlab.session.session import PruningSession
+from ildlab.text.blocks import load_text
+from ildlab.text.sources import split_of
 
 
 def texts(session: PruningSession, folder: Path, tokens: int) -> dict:

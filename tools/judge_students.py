@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ildlab.aggregate import quality_loss
-from ildlab.models import load_model
-from ildlab.session import PruningSession
-from ildlab.suites import Suite, load_suite, score_suite
-from ildlab.tasks import Task, read_jsonl
+from ildlab.evaluate.results import quality_loss
+from ildlab.evaluate.suites import Suite, load_suite, score_suite
+from ildlab.evaluate.tasks import Task, read_jsonl
+from ildlab.model.load import load_model
+from ildlab.session.session import PruningSession
 
 RUNS = {"pruned only": "iterative_layerwise_pruning", "distilled": "iterative_layerwise_distillation"}
 

@@ -17,9 +17,10 @@ import time
 import numpy as np
 import pandas as pd
 
-from ildlab import load_model, measure, task_ablation
-from ildlab.stack import LayerStack
-from ildlab.suites import load_suite, score_suite
+from ildlab import load_model, measure
+from ildlab.evaluate.suites import load_suite, score_suite
+from ildlab.importance import task as task_ablation
+from ildlab.model.stack import LayerStack
 
 
 def replay(job, seed: int, confidence: float = 0.95, tie: float = 0.005) -> tuple[int, float]:

@@ -18,11 +18,11 @@ import pandas as pd
 from judge_students import unspaced
 
 from ildlab import load_model, load_text
-from ildlab.distill import DistillConfig, distill
-from ildlab.documents import split_of
-from ildlab.evaluate import evaluate
-from ildlab.heal import heal
-from ildlab.stack import LayerStack
+from ildlab.distill.heal import heal
+from ildlab.distill.train import DistillConfig, distill
+from ildlab.evaluate.text_quality import evaluate
+from ildlab.model.stack import LayerStack
+from ildlab.text.sources import split_of
 
 BASE = dict(scope="suffix", hidden_weight=0.0, learning_rate=7e-4)
 WAYS = {

@@ -24,7 +24,7 @@ pytestmark = [
 CELLS = [
     """from pathlib import Path
 from ildlab import PruningSession
-from ildlab.stepper import Stepper
+from ildlab.widgets.stepper import Stepper
 folder = Path("run")
 if (folder / "config.json").exists():
     session = PruningSession.open(folder)
@@ -62,7 +62,7 @@ def shot(page, name: str) -> None:
 
 def figures(page) -> None:
     """Keep a picture of every figure, those that run the model too."""
-    from ildlab.stepper_figures import FIGURES
+    from ildlab.widgets.figures import FIGURES
 
     kinds = page.locator(".ildlab-stepper select").filter(has_text=FIGURES[0]).first
     for kind in FIGURES:

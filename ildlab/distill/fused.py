@@ -1,0 +1,227 @@
+"""The frozen head and the divergence in one pass over chunks of tokens.
+
+Logits of both models, the divergence and its gradient with respect to the student's final hidden state are
+computed chunk by chunk in the forward pass, so that logits of a whole batch, [B, T, V], never exist.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ildlab.distill.losses import Divergence, kl_per_token, log_mixture, log_probabilities, normed
+from ildlab.model.stack import LayerStack
+
+
+def fused_divergence(
+    student: LayerStack,
+    teacher: LayerStack,
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    spec: Divergence = Divergence(),
+    *,
+    weights: Tensor,
+    labels: Tensor | None = None,
+    label_weights: Tensor | None = None,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Weighted divergence (and cross entropy) of the next-token distributions, in chunks of tokens.
+
+    Both heads must be frozen: the only gradient is the one to `hidden`, and it is computed in the
+    forward pass. At most `chunk` rows of logits exist at a time. Logits come from the models' own tails,
+    so norms, soft-caps and scalings are theirs; where a tail is just a norm and a matrix, its product is
+    written to buffers that all chunks share (on a CPU, new memory costs as much as the arithmetic).
+
+    Parameters
+    ----------
+    student, teacher : LayerStack
+    hidden, teacher_hidden : Tensor [N, d]
+        Final hidden states h[L], pre-norm, of N tokens.
+    spec : Divergence
+    weights : Tensor [N] fp32
+        Weight of each token's divergence in the loss; 0 leaves a token out.
+    labels : Tensor [N] int64, optional
+        Next tokens of the data, for a cross entropy.
+    label_weights : Tensor [N] fp32
+        Weight of each token's cross entropy; needed with `labels`.
+    chunk : int
+        Tokens at a time.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+        `sum(weights * divergence) + sum(label_weights * cross entropy)`.
+    stats : Tensor [3]
+        Without gradient: the unweighted sums, over tokens whose weight is not 0, of the divergence and of
+        the cross entropy, in nats; and how many top tokens agree with the teacher's.
+    """
+    return _FusedHead.apply(
+        hidden, teacher_hidden, weights, labels, label_weights, student, teacher, spec, chunk
+    )
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, teacher_hidden, weights, labels, label_weights, student, teacher, spec, chunk):
+        want_grad = ctx.needs_input_grad[0]
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        stats = torch.zeros(3, dtype=dtype, device=hidden.device)
+        chunk = min(chunk, hidden.shape[0])
+        mine = _tail(student, hidden, chunk, want_grad)
+        theirs = _tail(teacher, teacher_hidden, chunk, False)
+        spare = None
+        for start in range(0, hidden.shape[0], chunk):
+            at = slice(start, start + chunk)
+            with torch.no_grad():
+                target = theirs.logits(at)
+                logits = mine.logits(at)
+                spare = torch.empty_like(logits) if spare is None else spare[: len(logits)]
+                weight = weights[at]
+                counted = weight != 0
+                top, best = logits.max(-1)
+                target_top, target_best = target.max(-1)
+                stats[2] += ((best == target_best) & counted).sum()
+                ce_slope = None
+                if labels is not None:
+                    logq = log_probabilities(logits)
+                    each_ce = -logq.gather(1, labels[at, None])[:, 0]
+                    loss += (each_ce * label_weights[at]).sum()
+                    stats[1] += (each_ce * (label_weights[at] != 0)).sum()
+                    if want_grad:
+                        ce_slope = logq.exp_()
+                        ce_slope.scatter_add_(1, labels[at, None], torch.full_like(logq[:, :1], -1.0))
+                if spec.temperature != 1:
+                    logits, target = logits.div_(spec.temperature), target.div_(spec.temperature)
+                    top, target_top = top / spec.temperature, target_top / spec.temperature
+                _to_log_probabilities(logits, top, spare)
+                _to_log_probabilities(target, target_top, spare)
+                each, slope = _value_and_slope(logits, target, spec, want_grad, spare)
+                loss += (each * weight).sum()
+                stats[0] += (each * counted).sum()
+                if want_grad:
+                    slope *= weight[:, None]
+                    if ce_slope is not None:
+                        slope.addcmul_(ce_slope, label_weights[at, None])
+            if want_grad:
+                mine.backward(at, slope)
+        ctx.save_for_backward(mine.gradient() if want_grad else None)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, grad_loss, _grad_stats):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss.to(gradient.dtype), *[None] * 8)
+
+
+def _to_log_probabilities(logits: Tensor, top: Tensor, spare: Tensor) -> None:
+    """Turn logits [N, V] into log-probabilities in place; `top` is the largest of each row."""
+    torch.sub(logits, top[:, None], out=spare)
+    logits.sub_((spare.exp_().sum(-1).log_() + top)[:, None])
+
+
+def _value_and_slope(logq: Tensor, logp: Tensor, spec: Divergence, want_slope: bool, spare: Tensor):
+    """Divergence per token and its derivative by the student's logits, T^2 in both.
+
+    With q = softmax(z / T): forward KL gives (q - p) / T; a divergence whose derivative by q is g (up to
+    a constant) gives q (g - sum q g) / T, with g = log q / p for the reverse KL and
+    (1 - beta) log q / m for the Jensen-Shannon divergence. All three arguments are written over.
+    """
+    if spec.kind == "forward_kl":
+        p = torch.exp(logp, out=spare)
+        each = logp.sub_(logq).mul_(p).sum(-1)
+        slope = logq.exp_().sub_(p)
+        each = each + slope.sum(-1)  # see kl_per_token
+    elif spec.kind == "reverse_kl":
+        q, each = torch.exp(logq, out=spare), kl_per_token(logq, logp)
+        ratio = logq.sub_(logp)
+        slope = ratio.sub_((q * ratio).sum(-1, keepdim=True)).mul_(q) if want_slope else None
+    else:
+        beta = spec.beta
+        logm = log_mixture(logp, logq, beta)
+        q = torch.exp(logq, out=spare)
+        each = beta * kl_per_token(logp, logm) + (1 - beta) * kl_per_token(logq, logm)
+        ratio = logq.sub_(logm)
+        slope = ratio.sub_((q * ratio).sum(-1, keepdim=True)).mul_(q).mul_(1 - beta) if want_slope else None
+    if spec.temperature != 1:
+        each = each * spec.temperature**2
+        slope = slope.mul_(spec.temperature) if want_slope else None  # T^2 / T
+    return each, slope
+
+
+# ---------------------------------------------------------------------- tails
+
+
+def _tail(stack: LayerStack, hidden: Tensor, chunk: int, want_grad: bool) -> _OwnTail | _MatrixTail:
+    matrix = plain_head(stack, hidden[:1].detach())
+    if matrix is None:
+        return _OwnTail(stack, hidden, want_grad)
+    return _MatrixTail(stack, hidden, matrix, chunk, want_grad)
+
+
+def plain_head(stack: LayerStack, probe: Tensor) -> Tensor | None:
+    """The head's matrix [V, d] where the model's logits are its product with the normed hidden state.
+
+    Seen on `probe` [1, d]: what the head returns must be, bit for bit, what the model returns. None for a head
+    with a bias, a scale or a soft-cap after it, for one that trains, and for half-precision models.
+    """
+    head = stack.model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return None
+    if head.weight.dtype not in (torch.float32, torch.float64) or head.weight.device != probe.device:
+        return None
+    seen: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    try:
+        with torch.no_grad():
+            logits = stack.logits(probe)
+    finally:
+        handle.remove()
+    plain = len(seen) == 1 and torch.equal(seen[0].flatten(), logits.flatten())
+    return head.weight.detach() if plain else None
+
+
+class _OwnTail:
+    """Logits by the model's own code, with a small graph for each chunk."""
+
+    def __init__(self, stack: LayerStack, hidden: Tensor, want_grad: bool):
+        self.stack, self.hidden, self.want_grad = stack, hidden.detach(), want_grad
+        self.total = torch.empty_like(self.hidden) if want_grad else None
+
+    def logits(self, at: slice) -> Tensor:
+        with torch.set_grad_enabled(self.want_grad):
+            self.x = self.hidden[at].clone().requires_grad_(self.want_grad)
+            self.raw = self.stack.logits(self.x)
+        # The graph may hold its own result (a soft-cap's tanh does), and the caller writes over what it is given.
+        raw = self.raw.detach()
+        return raw.clone() if raw.dtype == torch.float64 else raw.to(torch.float32, copy=True)
+
+    def backward(self, at: slice, slope: Tensor) -> None:
+        (self.total[at],) = torch.autograd.grad(self.raw, self.x, slope.to(self.raw.dtype))
+
+    def gradient(self) -> Tensor:
+        return self.total
+
+
+class _MatrixTail:
+    """Logits by one product into a buffer; the norm's gradient is taken once, at the end."""
+
+    def __init__(self, stack: LayerStack, hidden: Tensor, matrix: Tensor, chunk: int, want_grad: bool):
+        self.matrix = matrix
+        with torch.set_grad_enabled(want_grad):
+            self.x = hidden.detach().requires_grad_(want_grad)
+            self.normed = normed(stack, self.x)
+        self.inputs = self.normed.detach()
+        self.buffer = matrix.new_empty(chunk, matrix.shape[0])
+        self.total = torch.empty_like(self.inputs) if want_grad else None
+
+    def logits(self, at: slice) -> Tensor:
+        rows = self.inputs[at]
+        return torch.mm(rows, self.matrix.T, out=self.buffer[: len(rows)])
+
+    def backward(self, at: slice, slope: Tensor) -> None:
+        torch.mm(slope, self.matrix, out=self.total[at])
+
+    def gradient(self) -> Tensor:
+        return torch.autograd.grad(self.normed, self.x, self.total)[0]

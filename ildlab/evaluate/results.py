@@ -1,0 +1,275 @@
+"""Results of a suite, their mean, and how much of the teacher's quality a student has lost.
+
+Two readings of every score, both higher = better:
+
+- *score share*: the score itself, as in the paper (arXiv 2511.05085 averages raw task scores); a loss s
+  whose worst value is `chance` counts as 1 - s / chance.
+- *corrected*: (s - chance) / (best - chance), 0 for a guesser, as in the Open LLM Leaderboard.
+
+Intervals are percentile bootstraps over examples, drawn within each task (and, for a student beside its
+teacher, the same examples for both).
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ildlab.errors import SuiteError
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass
+class TaskResult:
+    """What one task found.
+
+    Attributes
+    ----------
+    name, kind, measure : str
+    values : list of float
+        The measure, example by example.
+    weights : list of float or None
+        How much each example counts; None: all alike.
+    chance : float
+    direction : str
+    weight : float
+        In the aggregate.
+    others : dict of str to float
+        Means of the kind's other measures.
+    truncated : int
+        Contexts that were cut from the left to fit the model's window.
+    """
+
+    name: str
+    kind: str
+    measure: str
+    values: list[float]
+    weights: list[float] | None = None
+    chance: float = 0.0
+    direction: str = "higher"
+    weight: float = 1.0
+    others: dict[str, float] = field(default_factory=dict)
+    truncated: int = 0
+
+    @property
+    def n(self) -> int:
+        """Examples."""
+        return len(self.values)
+
+    @property
+    def score(self) -> float:
+        """Mean of the measure over examples (bits per byte: of all text together)."""
+        return float(np.average(self.values, weights=self.weights))
+
+    @property
+    def share(self) -> float:
+        """Score from 0 to 1, higher = better, not corrected for chance."""
+        return float(self.oriented(self.score))
+
+    @property
+    def corrected(self) -> float:
+        """Score with chance at 0 and the best possible at 1."""
+        return float(self.oriented(self.score, corrected=True))
+
+    def oriented(self, score: Any, corrected: bool = False) -> Any:
+        """Map scores of this task (numbers or arrays) to higher = better."""
+        if self.direction == "lower":
+            return 1 - np.asarray(score) / self.chance
+        return (np.asarray(score) - self.chance) / (1 - self.chance) if corrected else np.asarray(score)
+
+    def resampled(self, seed: int) -> np.ndarray:
+        """Scores [RESAMPLES] of bootstrap samples of the examples."""
+        pick = np.random.default_rng(seed).integers(0, self.n, (RESAMPLES, self.n))
+        values = np.asarray(self.values)[pick]
+        if self.weights is None:
+            return values.mean(1)
+        weights = np.asarray(self.weights)[pick]
+        return (values * weights).sum(1) / weights.sum(1)
+
+    def interval(self, seed: int = 0) -> Estimate:
+        """Score with its interval."""
+        return _estimate(self.score, self.resampled(seed))
+
+
+@dataclass
+class SuiteResult:
+    """What a suite found of one model.
+
+    Attributes
+    ----------
+    name : str
+    fingerprint : str
+        Of the tasks and their rows: results compare only where it is the same.
+    tasks : dict of str to TaskResult
+    seconds : float
+    notes : list of str
+        What a person should know, such as contexts that did not fit the window.
+    """
+
+    name: str
+    fingerprint: str
+    tasks: dict[str, TaskResult]
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def aggregate(self) -> float:
+        """Weighted mean of the tasks' score shares."""
+        return self._mean(lambda task: task.share)
+
+    @property
+    def aggregate_corrected(self) -> float:
+        """Weighted mean of the tasks' chance-corrected scores."""
+        return self._mean(lambda task: task.corrected)
+
+    def _mean(self, of) -> Any:
+        total = sum(task.weight for task in self.tasks.values())
+        return sum(task.weight * of(task) for task in self.tasks.values()) / total
+
+    def resampled(self, corrected: bool = False, seed: int = 0) -> np.ndarray:
+        """Aggregates [RESAMPLES] of bootstrap samples; the same examples for the same seed."""
+        draws = {
+            name: task.oriented(task.resampled(seed + 7919 * number), corrected)
+            for number, (name, task) in enumerate(self.tasks.items())
+        }
+        return self._mean(lambda task: draws[task.name])
+
+    def interval(self, corrected: bool = False, seed: int = 0) -> Estimate:
+        """Aggregate with its interval."""
+        value = self.aggregate_corrected if corrected else self.aggregate
+        return _estimate(value, self.resampled(corrected, seed))
+
+    def shown(self) -> str:
+        """Aggregate and interval as text."""
+        return str(self.interval())
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a task: score, its interval, chance, corrected score, examples."""
+        rows = {}
+        for number, (name, task) in enumerate(self.tasks.items()):
+            found = task.interval(7919 * number)
+            rows[name] = {
+                "measure": task.measure, "score": found.value, "low": found.low, "high": found.high,
+                "chance": task.chance, "corrected": task.corrected, "n": task.n,
+            }  # fmt: skip
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; values to 6 digits."""
+        tasks = []
+        for task in self.tasks.values():
+            record = {f.name: getattr(task, f.name) for f in fields(task)}
+            record["values"] = [float(f"{value:.6g}") for value in task.values]
+            tasks.append(record)
+        return {
+            "name": self.name, "fingerprint": self.fingerprint, "seconds": self.seconds, "notes": self.notes,
+            "aggregate": self.aggregate, "aggregate_corrected": self.aggregate_corrected, "tasks": tasks,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> SuiteResult:
+        """Inverse of `to_dict`."""
+        tasks = {task["name"]: TaskResult(**task) for task in record["tasks"]}
+        return cls(record["name"], record["fingerprint"], tasks, record["seconds"], list(record["notes"]))
+
+    def __repr__(self) -> str:
+        return f"SuiteResult({self.name}, {len(self.tasks)} tasks, aggregate {self.shown()}, {self.seconds:.0f} s)"
+
+    def _repr_html_(self) -> str:
+        body = "".join(
+            f"<tr><th scope='row' style='text-align:left'>{html.escape(str(name))}</th>"
+            f"<td style='text-align:left'>{row.measure}</td><td>{row.score:.3f}</td>"
+            f"<td>[{row.low:.3f}, {row.high:.3f}]</td><td>{row.chance:.2f}</td><td>{row.n}</td></tr>"
+            for name, row in self.table.iterrows()
+        )
+        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
+        return (
+            f"<div><b>{html.escape(self.name)}</b>: aggregate {self.shown()}, corrected for chance "
+            f"{self.interval(True)}, {self.seconds:.0f} s<table aria-label='Suite result'><thead><tr><th>task</th>"
+            "<th>measure</th><th>score</th><th>interval</th><th>chance</th><th>n</th></tr></thead>"
+            f"<tbody>{body}</tbody></table>{notes}</div>"
+        )
+
+
+def quality_loss(
+    student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False, seed: int = 0
+) -> Estimate:
+    """Share of the teacher's aggregate that the student has lost, 1 - student / teacher.
+
+    Parameters
+    ----------
+    student, teacher : SuiteResult
+        Of the same suite.
+    corrected : bool
+        Use chance-corrected scores: a student that guesses has then lost all of it. The paper's own
+        form does not.
+    seed : int
+        Of the paired bootstrap.
+
+    Returns
+    -------
+    Estimate
+        NaN where the teacher's *corrected* aggregate is not above 0: it guesses.
+
+    Raises
+    ------
+    SuiteError
+        The results are not of the same tasks, or the teacher's aggregate is not above 0.
+    """
+    if student.fingerprint != teacher.fingerprint:
+        raise SuiteError(
+            f"Results of {student.name} and {teacher.name} are not of the same tasks and rows: "
+            "score student and teacher on one suite."
+        )
+    form = "aggregate_corrected" if corrected else "aggregate"
+    mine, theirs = getattr(student, form), getattr(teacher, form)
+    if theirs <= 0:
+        if not corrected:
+            raise SuiteError(
+                f"The teacher's aggregate on {teacher.name} is {theirs:.3f}: there is no quality to lose. Use a suite "
+                "that the teacher can do."
+            )
+        return Estimate(math.nan, math.nan, math.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = 1 - student.resampled(corrected, seed) / teacher.resampled(corrected, seed)
+    return _estimate(1 - mine / theirs, draws)
+
+
+def compare(**results: SuiteResult) -> pd.DataFrame:
+    """Scores task by task, a column a model, the aggregates last; for each but the first its change.
+
+    Examples
+    --------
+    >>> compare(teacher=a, pruned=b, distilled=c)  # doctest: +SKIP
+    """
+    table = pd.DataFrame({name: {t.name: t.score for t in r.tasks.values()} for name, r in results.items()})
+    for label, of in (("aggregate", "aggregate"), ("aggregate, corrected", "aggregate_corrected")):
+        table.loc[label] = [getattr(result, of) for result in results.values()]
+    first, *rest = results
+    for name in rest:
+        table[f"{name} - {first}"] = table[name] - table[first]
+    return table.rename_axis("task")
+
+
+def _estimate(value: float, draws: np.ndarray) -> Estimate:
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    return Estimate(float(value), float(low), float(high))

@@ -1,0 +1,361 @@
+"""How alike hidden states are across layers (redundancy) and across models (drift); the logit lens.
+
+All of it streams: one batch's hidden states are in memory at a time, and sums are kept in fp64 where
+the device has it. Hidden state h[l] is the *input* of layer l and bears its layer id; "out" is h[L],
+the last layer's output before the final norm.
+
+The first token of a sequence often has a huge, constant hidden state (an attention sink with massive
+activations, Sun et al. 2024, arXiv 2402.17762). It is shown by default; `skip_first=True` leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ildlab.distill.losses import in_fp64
+from ildlab.errors import MeasureError
+from ildlab.importance.cka import Cka
+from ildlab.importance.one_pass import unit
+from ildlab.importance.samples import Rows, expansion, means, percentiles, resamples
+from ildlab.model.offload import resident
+from ildlab.model.stack import LayerStack, Trunk
+from ildlab.progress import Progress, drive
+
+OUT = "out"
+
+
+def redundancy(
+    model: LayerStack,
+    blocks,
+    kind: str = "cosine",
+    *,
+    skip_first: bool = False,
+    batch_size: int = 4,
+    show: bool | None = None,
+) -> pd.DataFrame:
+    """Likeness (or distance) of every two hidden states h[i], h[j], [L+1, L+1].
+
+    Parameters
+    ----------
+    model : LayerStack
+    blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
+    kind : {"cosine", "angular", "cka"}
+        Mean over tokens of the cosine of h[i] and h[j]; or of the angle between them over pi
+        (a distance); or linear CKA (Kornblith et al. 2019, arXiv 1905.00414) with the unbiased HSIC of
+        Song et al. 2012, summed over minibatches of tokens (Nguyen et al. 2021, arXiv 2010.15327).
+    skip_first : bool
+        Leave out the first valid token of each sequence.
+
+    Returns
+    -------
+    DataFrame, indexed both ways by layer id and, last, "out"
+
+    Raises
+    ------
+    MeasureError
+        Unknown kind, or hidden states that are not finite.
+    """
+    _check(kind, ("cosine", "angular", "cka"))
+    work = _redundancy_steps(model, Rows.of(blocks), kind, skip_first, batch_size)
+    return drive(work, desc=f"redundancy ({kind})", show=show)
+
+
+def block_distances(
+    model: LayerStack, blocks, *, skip_first: bool = False, batch_size: int = 4, show: bool | None = None
+) -> pd.DataFrame:
+    """Angular distance across every block of n consecutive layers: a triangle [n, start].
+
+    Gromov et al. 2024 (arXiv 2403.17887), eq. 7-8, as a mean over tokens: the distance between the
+    input of layer `start` and the output of the n-th layer from it. The least of a row is the block
+    of n layers to drop.
+
+    Returns
+    -------
+    DataFrame [L, L]
+        Indexed by n = 1..L, columns by the layer id of the block's first layer; NaN where the stack
+        ends first.
+    """
+    matrix = redundancy(
+        model, blocks, "angular", skip_first=skip_first, batch_size=batch_size, show=show
+    ).to_numpy()
+    depth = len(model)
+    triangle = np.full((depth, depth), np.nan)
+    for n in range(1, depth + 1):
+        triangle[n - 1, : depth - n + 1] = np.diagonal(matrix, n)
+    return pd.DataFrame(
+        triangle, index=pd.RangeIndex(1, depth + 1, name="n"), columns=pd.Index(model.layer_ids, name="start")
+    )
+
+
+def drift(
+    student: LayerStack,
+    teacher: LayerStack,
+    blocks,
+    kind: str = "cosine",
+    *,
+    skip_first: bool = False,
+    batch_size: int = 4,
+    show: bool | None = None,
+) -> pd.DataFrame:
+    """How far the student's hidden states are from the teacher's at the same layer id.
+
+    Parameters
+    ----------
+    student, teacher : LayerStack
+        The student's layer ids are among the teacher's.
+    kind : {"cosine", "relative_l2", "cka"}
+        Mean over tokens of 1 - cosine, or of |student - teacher| / |teacher|; or 1 - CKA.
+    skip_first : bool
+        Leave out the first valid token of each sequence.
+
+    Returns
+    -------
+    DataFrame, indexed by the student's layer ids and "out"
+        `drift`, `ci_low`, `ci_high` (95% bootstrap over sequences; NaN for CKA and for one sequence)
+        and `n` (sequences). 0 everywhere below the first change.
+    """
+    _check(kind, ("cosine", "relative_l2", "cka"))
+    _check_pair(student, teacher)
+    work = _drift_steps(student, teacher, Rows.of(blocks), kind, skip_first, batch_size)
+    return drive(work, desc=f"drift ({kind})", show=show)
+
+
+@torch.no_grad()
+def token_drift(
+    student: LayerStack, teacher: LayerStack, text, tokenizer=None, kind: str = "cosine"
+) -> pd.DataFrame:
+    """Drift of every token of one text, by layer.
+
+    Parameters
+    ----------
+    text : str (with a tokenizer) or int Tensor [T]
+    kind : {"cosine", "relative_l2"}
+
+    Returns
+    -------
+    DataFrame [layers + 1, T]
+        Indexed by layer id and "out"; columns are positions; `.attrs["tokens"]` holds their texts.
+    """
+    _check(kind, ("cosine", "relative_l2"))
+    _check_pair(student, teacher)
+    ids, words = _encode(text, tokenizer)
+    rows = [_apart(mine, theirs, kind)[0] for _, mine, theirs in _pairs(student, teacher, ids, ids)]
+    table = pd.DataFrame(torch.stack(rows).cpu().numpy(), index=_labels(student))
+    table.columns.name = "position"
+    table.attrs["tokens"] = words
+    return table
+
+
+@torch.no_grad()
+def logit_lens(
+    model: LayerStack, text, tokenizer, *, teacher: LayerStack | None = None, top: int = 5
+) -> pd.DataFrame:
+    """What each hidden state would predict if the model ended there: the logit lens.
+
+    nostalgebraist 2020, "interpreting GPT: the logit lens". Each h[l] goes through the model's own
+    final norm and head.
+
+    Parameters
+    ----------
+    model : LayerStack
+    text : str or int Tensor [T]
+    tokenizer
+        Of the model.
+    teacher : LayerStack, optional
+        Adds its rows, marked in the column `model`.
+    top : int
+        Tokens to keep, most likely first.
+
+    Returns
+    -------
+    DataFrame, one row for each model, layer and position
+        `model` ("student" or "teacher"), `layer` (layer id or "out"), `position`, `token`, `top`
+        (list of str), `probability` (list of float), `entropy` (nats), `target_probability` (of the
+        token that follows; NaN at the last position).
+    """
+    ids, words = _encode(text, tokenizer)
+    records = []
+    for who, stack in (("student", model), ("teacher", teacher)):
+        if stack is None:
+            continue
+        for layer, hidden in zip(_labels(stack), _walk(stack, stack.trunk(ids)), strict=True):
+            log_p = torch.log_softmax(stack.logits(hidden[0]).float(), -1)
+            best = log_p.topk(top, -1)
+            entropy = (-(log_p.exp() * log_p).sum(-1)).tolist()
+            following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp().tolist() + [
+                np.nan
+            ]
+            for t, word in enumerate(words):
+                records.append(
+                    {
+                        "model": who,
+                        "layer": layer,
+                        "position": t,
+                        "token": word,
+                        "top": [tokenizer.decode([i]) for i in best.indices[t].tolist()],
+                        "probability": best.values[t].exp().tolist(),
+                        "entropy": entropy[t],
+                        "target_probability": following[t],
+                    }
+                )
+    return pd.DataFrame.from_records(records)
+
+
+# ------------------------------------------------------------------ streaming
+
+
+def _check(kind: str, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
+        raise MeasureError(f"There is no kind {kind!r} here. Choose one of: {', '.join(kinds)}.")
+
+
+def _check_pair(student: LayerStack, teacher: LayerStack) -> None:
+    alien = [i for i in student.layer_ids if i not in teacher.layer_ids]
+    if alien or student.hidden_size != teacher.hidden_size:
+        raise MeasureError(
+            f"Student and teacher do not belong together: width {student.hidden_size} and {teacher.hidden_size}; "
+            f"layers that the teacher lacks: {alien or 'none'}."
+        )
+
+
+def _labels(stack: LayerStack) -> pd.Index:
+    return pd.Index([*stack.layer_ids, OUT], name="layer_id", dtype=object)
+
+
+def _encode(text, tokenizer) -> tuple[Tensor, list[str]]:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise MeasureError("A text needs its tokenizer: give tokenizer=, or token ids [T].")
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    else:
+        ids = torch.as_tensor(text).reshape(1, -1).long()
+    if not ids.shape[1]:
+        raise MeasureError("The text is empty: give at least one token.")
+    words = (
+        [str(i) for i in ids[0].tolist()]
+        if tokenizer is None
+        else [tokenizer.decode([i]) for i in ids[0].tolist()]
+    )
+    return ids, words
+
+
+def _walk(stack: LayerStack, trunk: Trunk) -> Iterator[Tensor]:
+    """`LayerStack.walk`, loading offloaded layers once."""
+    hidden = trunk.h0
+    yield hidden
+    for q, layer in enumerate(stack.layers):
+        with resident(layer):
+            hidden = stack.run(q, hidden, trunk)
+        yield hidden
+
+
+def _pairs(student: LayerStack, teacher: LayerStack, mine, theirs) -> Iterator[tuple[object, Tensor, Tensor]]:
+    """Yield (layer id or "out", student's h, teacher's h), walking both together."""
+    mine, theirs = student.trunk(mine), teacher.trunk(theirs)
+    walk = zip(_labels(teacher), _walk(teacher, theirs), strict=True)
+    for label, hidden in zip(_labels(student), _walk(student, mine), strict=True):
+        yield label, hidden, next(other for at, other in walk if at == label)
+
+
+def _valid(trunk_mask: Tensor | None, ids: Tensor, skip_first: bool) -> Tensor:
+    mask = (
+        torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        if trunk_mask is None
+        else trunk_mask.bool()
+    )
+    if skip_first:
+        mask = mask & (mask.cumsum(1) > 1)
+    return mask
+
+
+def _apart(mine: Tensor, theirs: Tensor, kind: str) -> Tensor:
+    """Drift [B, T] of two hidden states [B, T, d]."""
+    if kind == "cosine":
+        return (unit(mine) - unit(theirs)).square().sum(-1) / 2
+    mine, theirs = mine.float(), theirs.float()
+    return torch.linalg.vector_norm(mine - theirs, dim=-1) / torch.linalg.vector_norm(theirs, dim=-1)
+
+
+@torch.no_grad()
+def _redundancy_steps(
+    model: LayerStack, rows: Rows, kind: str, skip_first: bool, batch_size: int
+) -> Generator[Progress, None, pd.DataFrame]:
+    total, cka = len(rows.tokens), Cka()
+    above, count = 0.0, 0
+    for start in range(0, total, batch_size):
+        picked = np.arange(start, min(start + batch_size, total))
+        trunk = model.trunk(rows.batch(picked))
+        mask = _valid(trunk.attention_mask, trunk.input_ids, skip_first)
+        states = torch.stack([h[mask] for h in _walk(model, trunk)])  # [L+1, tokens, d] of this batch alone
+        if kind == "cka":
+            cka.add(states, states)
+        else:
+            for part in states.split(256, dim=1):
+                u = in_fp64(part)
+                u = (u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)).transpose(0, 1)
+                cosine = u @ u.mT
+                above = above + (cosine if kind == "cosine" else cosine.clamp(-1, 1).arccos() / torch.pi).sum(
+                    0
+                )
+                count += len(u)
+        yield Progress(picked[-1] + 1, total)
+    matrix = (cka.matrix() if kind == "cka" else above / max(count, 1)).cpu().double().numpy()
+    if kind == "angular":
+        np.fill_diagonal(matrix, 0.0)  # arccos of a rounded 1
+    labels = _labels(model)
+    return _finite(pd.DataFrame(matrix, index=labels, columns=labels), kind)
+
+
+@torch.no_grad()
+def _drift_steps(
+    student, teacher, rows: Rows, kind, skip_first, batch_size
+) -> Generator[Progress, None, pd.DataFrame]:
+    total = len(rows.tokens)
+    labels = _labels(student)
+    values, weights = np.full((total, len(labels)), np.nan), np.ones(total)
+    cka = [Cka() for _ in labels]
+    for start in range(0, total, batch_size):
+        picked = np.arange(start, min(start + batch_size, total))
+        batch = rows.batch(picked)
+        ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+        given = None if isinstance(batch, Tensor) else batch["attention_mask"]
+        mask = _valid(given, ids, skip_first).to(student.device)
+        columns = []
+        for place, (_, mine, theirs) in enumerate(_pairs(student, teacher, batch, batch)):
+            if kind == "cka":
+                cka[place].add(mine[mask][None], theirs[mask][None])
+            else:
+                columns.append(torch.where(mask, _apart(mine, theirs, kind), 0.0).sum(1) / mask.sum(1))
+        if columns:
+            values[picked] = torch.stack(columns, 1).cpu().numpy()
+            weights[picked] = mask.sum(1).cpu().numpy()
+        yield Progress(picked[-1] + 1, total)
+    low = high = np.full(len(labels), np.nan)
+    if kind == "cka":
+        score = np.array([1 - float(one.matrix()) for one in cka])
+    else:
+        score = means(np.ones((1, total)), values, weights)[0]
+        if total > 1:
+            wider = expansion(total, 0.025)
+            low, high = (
+                score + (bound - score) * wider
+                for bound in percentiles(means(resamples(total), values, weights), (2.5, 97.5))
+            )
+    table = pd.DataFrame({"drift": score, "ci_low": low, "ci_high": high, "n": total}, index=labels)
+    _finite(table[["drift"]], kind)
+    return table
+
+
+def _finite(table: pd.DataFrame, kind: str) -> pd.DataFrame:
+    bad = ~np.isfinite(table.to_numpy(float)).all(1)
+    if bad.any():
+        raise MeasureError(
+            f"{kind} is not finite at layer {table.index[bad][0]}: the hidden states overflow, a sequence has no "
+            "token left to compare, or (CKA) there are fewer than 4 tokens."
+        )
+    return table

@@ -1,0 +1,211 @@
+"""Sequences to score on, and the statistics of scores: paired bootstrap, ranks, Student's t."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ildlab.errors import MeasureError
+
+if TYPE_CHECKING:
+    from ildlab.importance.scores import LayerScores
+
+RESAMPLES = 2000
+
+
+@dataclass
+class Rows:
+    """Sequences to score: tokens [N, T] int on the CPU, mask [N, T] bool or None, and their source."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    source: str
+
+    @classmethod
+    def of(cls, blocks) -> Rows:
+        """Accept TextBlocks, a tensor, or a mapping with input_ids and attention_mask."""
+        mask = None
+        if hasattr(blocks, "tokens"):
+            tokens, name = blocks.tokens, f"{blocks.source} ({blocks.split})"
+        elif hasattr(blocks, "keys"):
+            tokens, mask, name = blocks["input_ids"], blocks.get("attention_mask"), "given tokens"
+        else:
+            tokens, name = blocks, "given tokens"
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
+            shape = tuple(tokens.shape) if hasattr(tokens, "shape") else type(tokens).__name__
+            raise MeasureError(f"blocks: expected TextBlocks or an integer tensor [N, T], got {shape}.")
+        if mask is not None:
+            mask = mask.bool().cpu()
+            if bool((~mask.any(1)).any()):
+                raise MeasureError("attention_mask: a sequence has no valid token.")
+            mask = None if bool(mask.all()) else mask
+        return cls(tokens.cpu(), mask, f"{name}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
+
+    def batch(self, rows: np.ndarray):
+        """Return what `LayerStack.trunk` takes for these rows."""
+        pick = torch.as_tensor(rows)
+        ids = self.tokens[pick].long()
+        return ids if self.mask is None else {"input_ids": ids, "attention_mask": self.mask[pick].long()}
+
+
+@dataclass
+class Positions:
+    """Which positions of each sequence are scored.
+
+    Attributes
+    ----------
+    index : Tensor [N, P] of int64
+    valid : Tensor [N, P] of bool
+        False for filling: sequences may have fewer valid positions than others.
+    targets : Tensor [N, P] of int64
+        The token that follows each position (its own token at the last one, which then has no use).
+    """
+
+    index: torch.Tensor
+    valid: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    @classmethod
+    def sample(cls, rows: Rows, count: int | None, seed: int, *, predict: bool) -> Positions:
+        """Draw `count` positions of each sequence without replacement (None: all), from its own stream.
+
+        A sequence's positions depend on the seed and its row alone, so not on the batch size.
+        `predict`: only positions with a valid next token.
+        """
+        n, length = rows.tokens.shape
+        able = torch.ones(n, length, dtype=torch.bool) if rows.mask is None else rows.mask.clone()
+        if predict:
+            able[:, :-1] &= able[:, 1:].clone()
+            able[:, -1] = False
+            if bool((~able.any(1)).any()):
+                raise MeasureError("A sequence has no token to predict: each needs at least 2 valid tokens.")
+        most = int(able.sum(1).max())
+        count = most if count is None else min(count, most)
+        index, valid = torch.zeros(n, count, dtype=torch.long), torch.zeros(n, count, dtype=torch.bool)
+        for row in range(n):
+            choice = able[row].nonzero()[:, 0]
+            if len(choice) > count:
+                picked = np.random.default_rng([seed, row]).choice(len(choice), count, replace=False)
+                choice = choice[torch.from_numpy(np.sort(picked))]
+            index[row, : len(choice)] = choice
+            valid[row, : len(choice)] = True
+        targets = rows.tokens.gather(1, (index + 1).clamp(max=length - 1)).long()
+        return cls(index, valid, targets)
+
+    def of(self, rows: np.ndarray, device: torch.device) -> Positions:
+        """Those of one batch, on the device, with targets [B * P] and weights [B] (positions scored)."""
+        pick = torch.as_tensor(rows)
+        parts = (self.index[pick], self.valid[pick], self.targets[pick].flatten())
+        index, valid, targets = (part.to(device, non_blocking=True) for part in parts)
+        return Positions(index, valid, targets, valid.sum(1).float())
+
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Pick the scored positions of [B, T, d]: [B * P, d]."""
+        index = self.index.to(hidden.device)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean over the scored positions of values [B * P]: [B]."""
+        values = values.view(self.valid.shape)
+        return torch.where(self.valid, values, 0.0).sum(1) / self.weights
+
+
+class Samples:
+    """Collects values per sequence while a metric runs, and turns them into LayerScores."""
+
+    def __init__(self, metric, source, layer_ids, count, confidence):
+        self.metric, self.source, self.confidence = metric, source, confidence
+        self.layer_ids = list(layer_ids)
+        self.values = np.full((count, len(self.layer_ids)), np.nan)
+        self.weights = np.zeros(count)
+        self.details: dict[str, Any] = {}
+        self.batches = 0
+        self.started = time.perf_counter()
+
+    def add(self, rows: np.ndarray, layer_ids: list[int], values: np.ndarray, weights: np.ndarray) -> None:
+        """Take values [rows, layers] of one batch; a NaN or an infinity is an error, never a score."""
+        bad = ~np.isfinite(values)
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            raise MeasureError(
+                f"{self.metric} of layer {layer_ids[column]} is {values[row, column]} in batch {self.batches} "
+                f"(sequence {rows[row]}): the model overflows there. Load it in float32 or bfloat16, or look "
+                "at the text of that sequence."
+            )
+        columns = [self.layer_ids.index(i) for i in layer_ids]
+        self.values[np.ix_(rows, columns)] = values
+        self.weights[rows] = weights
+        self.batches += 1
+
+    def scores(self) -> LayerScores:
+        """LayerScores of what has been collected."""
+        from ildlab.importance.scores import LayerScores
+
+        seen = self.weights > 0
+        return LayerScores.from_samples(
+            self.metric, self.source, self.layer_ids, self.values[seen], self.weights[seen],
+            seconds=time.perf_counter() - self.started, confidence=self.confidence, details=self.details,
+        )  # fmt: skip
+
+
+def resamples(count: int, seed: int = 0) -> np.ndarray:
+    """How often each of `count` sequences is drawn, [resamples, count]."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
+
+
+def means(draws: np.ndarray, x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Weighted means [draws, L] of x [N, L] under `draws` [draws, N]; NaN where nothing was drawn."""
+    scored = ~np.isnan(x)
+    above = (draws * w) @ np.where(scored, x, 0.0)
+    below = (draws * w) @ scored.astype(float)
+    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+
+
+def percentiles(values: np.ndarray, at: tuple[float, ...]) -> np.ndarray:
+    """Percentiles over the first axis, [len(at), L]; NaN where a column has none."""
+    if not np.isnan(values).any():
+        return np.percentile(values, at, axis=0)
+    out = np.full((len(at), values.shape[1]), np.nan)
+    some = ~np.isnan(values).all(0)
+    if some.any():
+        out[:, some] = np.nanpercentile(values[:, some], at, axis=0)
+    return out
+
+
+def ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks within each row of x [n, L]; ties share their mean rank."""
+    return pd.DataFrame(x).rank(axis=1).to_numpy(float)
+
+
+def t_quantile(p: float, dof: int) -> float:
+    """Quantile of Student's t."""
+    from scipy.stats import t
+
+    return float(t.ppf(p, dof))
+
+
+def expansion(n: np.ndarray | int, tail: float) -> np.ndarray:
+    """How much wider than its percentile interval a bootstrap of n values has to be; of the shape of n.
+
+    Resampling draws from a spread with n in the place of n - 1, and its percentiles are a normal's where the
+    mean of few values follows Student's t: sqrt(n / (n - 1)) t / z (Hesterberg 2015).
+    """
+    from scipy.stats import norm, t
+
+    n = np.maximum(np.asarray(n, float), 2)
+    return np.sqrt(n / (n - 1)) * t.ppf(1 - tail, n - 1) / norm.ppf(1 - tail)
+
+
+def listed(values, digits: int | None = None) -> list:
+    return [
+        None if math.isnan(v) else float(f"{v:.{digits}g}") if digits else float(v)
+        for v in np.asarray(values, float)
+    ]

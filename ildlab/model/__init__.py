@@ -1,0 +1,15 @@
+"""A causal LM as a stack of decoder layers.
+
+`load` brings in a model and its tokenizer; `stack` finds the decoder layers, captures what the model hands to
+each, replays, skips and removes them.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "load": ["LoadedModel", "load_model", "prepare_bundled"],
+        "stack": ["LayerStack", "Trunk", "shared_prefix"],
+    },
+)

@@ -1,0 +1,109 @@
+"""`Explorer`: the read-only half of the stepper, for a model and a text, in the teaching notebooks."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets as w
+
+from ildlab import plots
+from ildlab.importance.hidden_states import logit_lens, redundancy
+from ildlab.importance.scores import ONE_PASS, measure
+from ildlab.model.stack import LayerStack
+from ildlab.widgets.strip import Strip
+
+VIEWS = ("importance", "redundancy", "logit lens")
+
+
+class Explorer:
+    """A strip of layers and its figures; nothing is ever changed.
+
+    Parameters
+    ----------
+    model : LoadedModel
+    text : TextBlocks or Tensor [N, T]
+        What to measure on.
+    sentence : str
+        What the logit lens reads.
+
+    Attributes
+    ----------
+    view : ipywidgets.VBox
+    metric, kind, sentence : widgets that choose what is drawn
+    """
+
+    def __init__(self, model: Any, text: Any, *, sentence: str = "The capital of France is Paris."):
+        self.stack = LayerStack(model.model)
+        self.tokenizer = model.tokenizer
+        self.blocks = text
+        self._made: dict[Any, Any] = {}
+        self.status = w.HTML()
+        self.about = w.HTML()
+        self.figure = w.HTML()
+        self.metric = w.Dropdown(
+            options=[m for m in ONE_PASS if m not in ("lrp", "taylor")], description="metric"
+        )
+        self.kind = w.Dropdown(options=VIEWS, description="figure")
+        self.sentence = w.Text(value=sentence, description="sentence", layout=w.Layout(width="98%"))
+        self.strip = Strip(self.stack.layer_ids, lambda _: self._describe())
+        for control in (self.metric, self.kind, self.sentence):
+            control.observe(lambda _: self.refresh(), names="value")
+        controls = w.HBox([self.metric, self.kind])
+        self.view = w.VBox([controls, self.sentence, self.strip.view, self.about, self.figure, self.status])
+        self.refresh()
+
+    @property
+    def scores(self):
+        """Scores of the metric chosen; measured once."""
+        return self._once(
+            ("scores", self.metric.value),
+            lambda: measure(self.stack, self.blocks, self.metric.value, show=False),
+        )
+
+    def refresh(self) -> None:
+        """Draw what the controls ask for."""
+        try:
+            scores = self.scores
+            self.strip.show(scores, here=self.stack.layer_ids, suggested=scores.least_important)
+            self.figure.value = plots.to_html(*self._drawn())
+            self.status.value = ""
+            self._describe()
+        except Exception as error:  # a widget's callback has no other place to say it
+            self.status.value = f'<div role="status">{html.escape(str(error))}</div>'
+
+    def _drawn(self):
+        kind = self.kind.value
+        if kind == "importance":
+            return plots.importance(self.scores), f"{self.scores.metric} of each layer."
+        if kind == "redundancy":
+            matrix = self._once(kind, lambda: redundancy(self.stack, self.blocks, "cosine", show=False))
+            return plots.redundancy_heatmap(
+                matrix, "cosine"
+            ), "Cosine between hidden states of every two layers."
+        text = self.sentence.value
+        table = self._once((kind, text), lambda: logit_lens(self.stack, text, self.tokenizer))
+        return plots.logit_lens_map(table), "What each layer's hidden state would predict."
+
+    def _once(self, key: Any, make):
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _describe(self) -> None:
+        row = self.scores.table.loc[self.strip.selected]
+        rank = self.scores.ranking.index(self.strip.selected) + 1
+        words = (
+            f"Layer {self.strip.selected}: {self.scores.metric} {row.score:.4g} [{row.ci_low:.4g}, {row.ci_high:.4g}], "
+            f"number {rank} of {len(self.scores.table)} from the least important."
+        )
+        self.about.value = f'<div class="ildlab-note">{html.escape(words)}</div>'
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import HTML, display
+
+        display(self.view)
+        display(HTML(f"<details><summary>as it stands</summary>{self._repr_html_()}</details>"))
+
+    def _repr_html_(self) -> str:
+        return self.figure.value
