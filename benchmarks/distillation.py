@@ -145,12 +145,7 @@ def ours(cached: bool = False, positions: int | None = None) -> dict:
             losses.append(progress.partial["loss"])
             start = time.perf_counter()
     mean = sum(times) / len(times)
-    return {
-        "seconds": min(times[1:]),
-        "mean": mean,
-        "loss": losses[0],
-        "bytes": max(loading, _peak()) - base,
-    }
+    return {"seconds": min(times[1:]), "mean": mean, "loss": losses[0], "bytes": max(loading, _peak()) - base}
 
 
 def plain() -> dict:
@@ -166,9 +161,7 @@ def plain() -> dict:
     default = DistillConfig()
     config = DistillConfig(batch_size=ROWS)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=default.learning_rate,
-        weight_decay=default.weight_decay,
+        [p for p in model.parameters() if p.requires_grad], lr=default.learning_rate, weight_decay=default.weight_decay
     )
     captured = {}
     for name, one in (("teacher", teacher.model), ("student", model)):
@@ -182,10 +175,7 @@ def plain() -> dict:
             want = teacher.model(input_ids=batch, output_hidden_states=True, use_cache=False)
         got = model(input_ids=batch, output_hidden_states=True, use_cache=False)
         kl = F.kl_div(
-            got.logits.float().log_softmax(-1),
-            want.logits.float().log_softmax(-1),
-            reduction="sum",
-            log_target=True,
+            got.logits.float().log_softmax(-1), want.logits.float().log_softmax(-1), reduction="sum", log_target=True
         )
         mse = F.mse_loss(captured["student"], captured["teacher"])
         loss = default.kl_weight * kl / batch.numel() + default.hidden_weight * mse
@@ -206,9 +196,7 @@ def optipfair() -> dict:
         return {"missing": True}
     torch, base, _, teacher, tokens = _setup()
     model = _pruned(teacher)
-    batches = [
-        {"input_ids": b.long(), "attention_mask": torch.ones_like(b).long()} for b in tokens.split(ROWS)
-    ]
+    batches = [{"input_ids": b.long(), "attention_mask": torch.ones_like(b).long()} for b in tokens.split(ROWS)]
     start = time.perf_counter()
     distill_model(
         student_model=model,

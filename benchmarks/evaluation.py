@@ -18,11 +18,7 @@ def bench() -> list[dict]:
 
     loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
     stack = LayerStack(loaded.model)
-    return [
-        _throughput(stack, loaded.tokenizer),
-        *_ablation(stack, loaded.tokenizer),
-        _mini7(stack, loaded.tokenizer),
-    ]
+    return [_throughput(stack, loaded.tokenizer), *_ablation(stack, loaded.tokenizer), _mini7(stack, loaded.tokenizer)]
 
 
 def _clock(work, *args, **options) -> tuple[float, object]:

@@ -56,17 +56,7 @@ def optipfair():
     """The rival's module for depth pruning, or None where it cannot be had."""
     folder = cache_dir("bench")
     if not (folder / "optipfair").is_dir():
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--no-deps",
-            "--target",
-            str(folder),
-            OPTIPFAIR,
-        ]
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), OPTIPFAIR]
         if subprocess.run(command, capture_output=True).returncode:
             return None
     sys.path.append(str(folder))
@@ -104,9 +94,7 @@ def row(name: str, ratio: float, limit: str | None, note: str) -> dict:
 
 def bench() -> Iterator[dict]:
     """Yield the rows of `benchmarks/run.py` as they are measured."""
-    loaded = load_model(
-        "smollm2-135m", dtype="float32", device="cpu" if not torch.cuda.is_available() else "cuda"
-    )
+    loaded = load_model("smollm2-135m", dtype="float32", device="cpu" if not torch.cuda.is_available() else "cuda")
     stack = LayerStack(loaded.model)
     text = load_text("python-docs", loaded.tokenizer, block=128, tokens=48 * 128, split="calibration")
 
@@ -126,9 +114,7 @@ def bench() -> Iterator[dict]:
         theirs = []
         loader = [{"input_ids": ids}]
         works.append(
-            lambda: theirs.append(
-                rival.analyze_layer_importance(decoder, loader, "layers", show_progress=False)
-            )
+            lambda: theirs.append(rival.analyze_layer_importance(decoder, loader, "layers", show_progress=False))
         )
     seconds = in_turns(*works, repeats=15)
     note = f"{np.median(seconds[:, 1]):.2f} s for 512 tokens; median of 15 turns"
@@ -182,16 +168,11 @@ def bench() -> Iterator[dict]:
                     pruned = rival.prune_model_depth(copy.deepcopy(loaded.model), layer_indices=[layer_id])
                 with torch.no_grad():
                     logits = pruned(input_ids=few.tokens.long(), use_cache=False).logits[:, :-1]
-                    torch.nn.functional.cross_entropy(
-                        logits.flatten(0, 1), few.tokens[:, 1:].long().flatten()
-                    )
+                    torch.nn.functional.cross_entropy(logits.flatten(0, 1), few.tokens[:, 1:].long().flatten())
 
         copies = timed(pruned_copies) * len(stack) / len(tries)
         yield row(
-            f"{OPTIPFAIR} / sweep",
-            copies / swept,
-            ">= 1.4",
-            f"L pruned copies evaluated ({len(tries)}, scaled to L)",
+            f"{OPTIPFAIR} / sweep", copies / swept, ">= 1.4", f"L pruned copies evaluated ({len(tries)}, scaled to L)"
         )
 
     # ------------------------------------------------------------ how it grows

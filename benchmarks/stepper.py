@@ -27,9 +27,15 @@ def in_the_kernel() -> list[dict]:
     loaded = load_model("smollm2-135m")
     with tempfile.TemporaryDirectory() as folder:
         session = PruningSession.create(
-            Path(folder) / "run", loaded, block=128, calibration_tokens=1024, train_tokens=8 * 512,
-            eval_tokens=256, metric="block_influence", distill={"batch_size": 4, "scope": "neighbours"},
-        )  # fmt: skip
+            Path(folder) / "run",
+            loaded,
+            block=128,
+            calibration_tokens=1024,
+            train_tokens=8 * 512,
+            eval_tokens=256,
+            metric="block_influence",
+            distill={"batch_size": 4, "scope": "neighbours"},
+        )
         session.remove(14)
         removed_at = session.journal.head.step
         stepper = Stepper(session)
@@ -102,9 +108,7 @@ def in_a_browser() -> list[dict]:
         first = time.perf_counter() - start
         page.wait_for_selector(".ildlab-stepper", timeout=120_000)
         wait_status(page, "Ready|least important", 240)
-        page.wait_for_function(
-            "window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'"
-        )
+        page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
         tab(page, "Remove and distill")
         press(page, "Select the suggestion")
         press(page, "Remove the selected layer")

@@ -11,7 +11,17 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
-        "errors", "progress", "files", "stats", "model", "text", "evaluate", "distill", "importance", "session", "plots",
+        "errors",
+        "progress",
+        "files",
+        "stats",
+        "model",
+        "text",
+        "evaluate",
+        "distill",
+        "importance",
+        "session",
+        "plots",
         "widgets",
     ],
     submod_attrs={
@@ -25,4 +35,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "distill.config": ["DistillConfig"],
         "session.session": ["PruningSession"],
     },
-)  # fmt: skip
+)

@@ -96,15 +96,10 @@ def tiny_folder(tiny, text_file, tmp_path_factory):
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
+        vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator([text_file.read_text()[:50_000]], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     folder = tmp_path_factory.mktemp("tiny")
     tiny(6, vocab=320, hidden=32).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -71,9 +71,7 @@ def oracle(stack, tokens, teacher=None, mask=None):
 def test_sweep_equals_removed_models_in_fp64(pair, tokens, metric, limit):
     teacher, student = pair
     want = oracle(student, tokens, teacher if metric == "kl" else None)
-    got = measure(
-        student, tokens, metric, teacher, batch_size=4, max_branch_bytes=limit, chunk_bytes=97 * 4 * 10
-    )
+    got = measure(student, tokens, metric, teacher, batch_size=4, max_branch_bytes=limit, chunk_bytes=97 * 4 * 10)
     np.testing.assert_allclose(got.per_sequence, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.table.score, want.mean(0), rtol=1e-5, atol=1e-6)
     assert got.layer_ids == [0, 1, 2, 4, 5]

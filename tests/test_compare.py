@@ -17,9 +17,14 @@ from ildlab.session.session import PruningSession
 pytestmark = pytest.mark.usefixtures("short_speed")
 
 SETTINGS = {
-    "suite": "mini7@1", "block": 16, "calibration_tokens": 64, "train_tokens": 64, "eval_tokens": 64,
-    "weights_dtype": "float32", "evaluate_every": 2,
-}  # fmt: skip
+    "suite": "mini7@1",
+    "block": 16,
+    "calibration_tokens": 64,
+    "train_tokens": 64,
+    "eval_tokens": 64,
+    "weights_dtype": "float32",
+    "evaluate_every": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +85,13 @@ def test_a_run_goes_on_only_with_its_own_settings(loaded, text_file, tmp_path):
     # Stopped in the middle of its distillation: what was trained so far is no whole distillation.
     work = run(train_tokens=4096)
     with PruningSession.create(
-        tmp_path / name, loaded, metric="block_influence", suite="mini7@1", text=str(text_file),
+        tmp_path / name,
+        loaded,
+        metric="block_influence",
+        suite="mini7@1",
+        text=str(text_file),
         **{**{k: v for k, v in SETTINGS.items() if k not in ("suite", "evaluate_every")}, "train_tokens": 4096},
-    ) as session:  # fmt: skip
+    ) as session:
         session.measure()
         session.remove()
         stopped = session.distill_steps()
@@ -121,7 +130,7 @@ def test_rows_that_chose_nothing_have_an_aggregate_of_their_own(loaded, text_fil
             ablation="task",
             ablation_options={"suite": "mini7@2"},
             **settings,
-        )  # fmt: skip
+        )
     )
     with PruningSession.open(tmp_path / "iterative_layerwise_pruning", loaded) as session:
         found = [session.scores_at(s.step).source for s in session.path if s.action == "measure"]

@@ -15,9 +15,7 @@ NAN = float("nan")
 
 def table(**columns):
     length = len(next(iter(columns.values())))
-    return pd.DataFrame(
-        {"n_removed": range(length), "layer_id": [NAN, *range(20, 20 + length - 1)], **columns}
-    )
+    return pd.DataFrame({"n_removed": range(length), "layer_id": [NAN, *range(20, 20 + length - 1)], **columns})
 
 
 def names(found):
@@ -34,9 +32,7 @@ def test_pruning_without_distillation():
     rows = table(aggregate=[0.6, 0.54, 0.48, 0.42, 0.36, 0.29], kl_pruned=[NAN, 0.3, 0.6, 0.9, 1.2, 1.5])
     assert names(diagnose(rows)) == [("pruning without distillation", 5)]
     # The same figures after distillation are another matter, and three removals are too few to call it that.
-    assert "pruning without distillation" not in {
-        f.signature for f in diagnose(rows.assign(kl=rows.kl_pruned * 0.9))
-    }
+    assert "pruning without distillation" not in {f.signature for f in diagnose(rows.assign(kl=rows.kl_pruned * 0.9))}
     assert diagnose(rows, thresholds=Thresholds(aggregate_floor=0.2)) == []
     # As a session's history has it: a student that was never distilled has an aggregate "as pruned".
     seen = diagnose(rows.rename(columns={"aggregate": "aggregate_pruned"}))
@@ -56,10 +52,7 @@ def test_no_recovery():
     found = diagnose(table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58]))
     assert names(found) == [("no recovery", 2)]
     assert "5%" in found[0].seen  # (0.60 - 0.58) / (0.60 - 0.20)
-    assert (
-        diagnose(table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58]), thresholds=Thresholds(recovery=0.01))
-        == []
-    )
+    assert diagnose(table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58]), thresholds=Thresholds(recovery=0.01)) == []
 
 
 @pytest.mark.parametrize("error", ["The loss stopped being finite at step 3", ValueError("KL is NaN")])
@@ -74,9 +67,16 @@ def test_a_session_that_never_distills_is_told_so(tmp_path, tiny_folder, text_fi
     rows = [{"query": f"number {i} is", "choices": [f" {i}", f" {i + 1}"], "gold": i % 2} for i in range(8)]
     tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
     session = PruningSession.create(
-        tmp_path / "run", str(tiny_folder), dtype="float32", text=str(text_file), block=32,
-        calibration_tokens=64, train_tokens=64, eval_tokens=64, suite=f"file:{tasks}",
-    )  # fmt: skip
+        tmp_path / "run",
+        str(tiny_folder),
+        dtype="float32",
+        text=str(text_file),
+        block=32,
+        calibration_tokens=64,
+        train_tokens=64,
+        eval_tokens=64,
+        suite=f"file:{tasks}",
+    )
     session.evaluate(speed=False)
     for layer_id in (1, 2, 3, 4):
         session.remove(layer_id)

@@ -23,13 +23,7 @@ from ildlab.errors import DistillError
 from ildlab.model.stack import LayerStack
 
 BASE = DistillConfig(
-    scope="suffix",
-    hidden_loss="mse",
-    batch_size=4,
-    learning_rate=1e-2,
-    tokens=4 * 12 * 8,
-    kl_positions=None,
-    chunk=16,
+    scope="suffix", hidden_loss="mse", batch_size=4, learning_rate=1e-2, tokens=4 * 12 * 8, kl_positions=None, chunk=16
 )
 
 
@@ -60,9 +54,7 @@ def restated_paper_loss(student, teacher, ids, mask, last_trainable, gap):
     """loss = KLDiv(sum, log_target) / 100 + MSE(last trainable) + MSE(last), on everything, padding too."""
     out_t = teacher.model(input_ids=ids, attention_mask=mask)
     out_s = student.model(input_ids=ids, attention_mask=mask)
-    kl = F.kl_div(
-        out_s.logits.log_softmax(-1), out_t.logits.log_softmax(-1), reduction="sum", log_target=True
-    )
+    kl = F.kl_div(out_s.logits.log_softmax(-1), out_t.logits.log_softmax(-1), reduction="sum", log_target=True)
     h_t = teacher.hidden_states({"input_ids": ids, "attention_mask": mask})
     h_s = list(student.walk({"input_ids": ids, "attention_mask": mask}))
     # The student's layer `last_trainable` lies above the gap: one position lower than in the teacher.
@@ -159,9 +151,7 @@ def test_every_loss_learns_and_fused_equals_unfused(tiny, changes):
     for fused in (True, False):
         student, teacher = pair(tiny)
         before = weights(teacher)
-        result = distill(
-            student, teacher, rows(4), replace(BASE, fused=fused, tokens=4 * 12 * 12, **changes), gap=2
-        )
+        result = distill(student, teacher, rows(4), replace(BASE, fused=fused, tokens=4 * 12 * 12, **changes), gap=2)
         curves.append(result.history.loss.tolist())
         assert same(before, weights(teacher))
     assert curves[0] == pytest.approx(curves[1], rel=2e-3)
@@ -203,9 +193,7 @@ def test_only_the_scope_changes_and_the_teacher_never(tiny, scope):
     before, teacher_before = weights(student), weights(teacher)
     result = distill(student, teacher, rows(), replace(BASE, scope=scope, tokens=96), gap=2)
     changed = {
-        student.layer_ids[int(k.split(".")[2])]
-        for k, v in weights(student).items()
-        if not torch.equal(v, before[k])
+        student.layer_ids[int(k.split(".")[2])] for k, v in weights(student).items() if not torch.equal(v, before[k])
     }
     assert changed == set(result.trained)
     assert same(teacher_before, weights(teacher))
@@ -241,9 +229,7 @@ def test_memory_is_reported_in_parts(tiny):
     assert distill(student, teacher, rows(), few, gap=2).memory["activations"] < memory["activations"]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"micro_batch": 1}, {"micro_batch": 3}, {"grad_checkpointing": True}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"micro_batch": 1}, {"micro_batch": 3}, {"grad_checkpointing": True}], ids=str)
 def test_accumulation_and_checkpointing_change_nothing(tiny, changes):
     curves = []
     for config in (BASE, replace(BASE, **changes)):
@@ -274,11 +260,7 @@ def test_bf16_model_has_fp32_masters(tiny):
     result = distill(student, teacher, rows(4), config, gap=2)
     assert result.memory["masters"] == result.memory["gradients"] > 0
     assert student.model.dtype == torch.bfloat16
-    moved = [
-        (weights(student)[k] != before[k]).float().mean().item()
-        for k in before
-        if ".mlp." in k and ".3." in k
-    ]
+    moved = [(weights(student)[k] != before[k]).float().mean().item() for k in before if ".mlp." in k and ".3." in k]
     assert min(moved) > 0.1
     assert result.history.loss.iloc[-5:].mean() < result.history.loss.iloc[:5].mean()
 
@@ -389,10 +371,7 @@ def test_killed_at_random_steps_ten_times(tiny, tmp_path):
     whole = distill(student, teacher, rows(), config, gap=2).history
     out = tmp_path / "c.safetensors"
     code = KILLED.format(
-        model=str(tmp_path / "model.pt"),
-        text=str(tmp_path / "text.pt"),
-        config=config.to_dict(),
-        out=str(out),
+        model=str(tmp_path / "model.pt"), text=str(tmp_path / "text.pt"), config=config.to_dict(), out=str(out)
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout.split() == ["9"] * 10, done.stdout + done.stderr[-3000:]

@@ -35,9 +35,17 @@ def doubles(stack, tokens):
 def test_redundancy(pair, tokens, kind, skip_first):
     teacher, _ = pair
     states = [h[:, int(skip_first) :].flatten(0, 1) for h in doubles(teacher, tokens)]
-    want = np.array([[float(torch.cosine_similarity(a, b, -1).clamp(-1, 1).mean()) if kind == "cosine" else
-                      float((torch.cosine_similarity(a, b, -1).clamp(-1, 1).arccos() / torch.pi).mean())
-                      for b in states] for a in states])  # fmt: skip
+    want = np.array(
+        [
+            [
+                float(torch.cosine_similarity(a, b, -1).clamp(-1, 1).mean())
+                if kind == "cosine"
+                else float((torch.cosine_similarity(a, b, -1).clamp(-1, 1).arccos() / torch.pi).mean())
+                for b in states
+            ]
+            for a in states
+        ]
+    )
     got = redundancy(teacher, tokens, kind, skip_first=skip_first, batch_size=2)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert list(got.index) == [0, 1, 2, 3, 4, "out"] == list(got.columns)
@@ -49,11 +57,7 @@ def unbiased_hsic(k, m):
     k, m = k - torch.diag(k.diagonal()), m - torch.diag(m.diagonal())
     one = torch.ones(n, dtype=k.dtype)
     return float(
-        (
-            (k @ m).trace()
-            + one @ k @ one * (one @ m @ one) / ((n - 1) * (n - 2))
-            - 2 / (n - 2) * (one @ k @ m @ one)
-        )
+        ((k @ m).trace() + one @ k @ one * (one @ m @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (one @ k @ m @ one))
         / (n * (n - 3))
     )
 
@@ -69,9 +73,7 @@ def test_cka(pair, tokens):
     between = 1 - unbiased_hsic(own[3] @ own[3].T, grams[4]) / np.sqrt(
         unbiased_hsic(own[3] @ own[3].T, own[3] @ own[3].T) * unbiased_hsic(grams[4], grams[4])
     )
-    assert drift(student, teacher, tokens, "cka", batch_size=5).loc[4, "drift"] == pytest.approx(
-        between, rel=1e-4
-    )
+    assert drift(student, teacher, tokens, "cka", batch_size=5).loc[4, "drift"] == pytest.approx(between, rel=1e-4)
 
 
 def test_block_distances(pair, tokens):
@@ -82,9 +84,7 @@ def test_block_distances(pair, tokens):
     angles = torch.cosine_similarity(states[1], states[3], -1).arccos() / torch.pi
     assert triangle.loc[2, 1] == pytest.approx(float(angles.mean()), rel=1e-5)
     assert np.isnan(triangle.loc[2, 4]) and triangle.notna().to_numpy().sum() == 10
-    np.testing.assert_allclose(
-        triangle.loc[1], measure(student, tokens, "angular_distance").table.score, rtol=1e-5
-    )
+    np.testing.assert_allclose(triangle.loc[1], measure(student, tokens, "angular_distance").table.score, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "relative_l2"])
@@ -95,11 +95,7 @@ def test_drift(pair, tokens, kind):
     want = []
     for a, at in zip(mine, partner, strict=True):
         b = theirs[at]
-        value = (
-            1 - torch.cosine_similarity(a, b, -1)
-            if kind == "cosine"
-            else (a - b).norm(dim=-1) / b.norm(dim=-1)
-        )
+        value = 1 - torch.cosine_similarity(a, b, -1) if kind == "cosine" else (a - b).norm(dim=-1) / b.norm(dim=-1)
         want.append(value)
     got = drift(student, teacher, tokens, kind, batch_size=2)
     assert list(got.index) == [0, 1, 3, 4, "out"]
@@ -136,9 +132,7 @@ def test_logit_lens(teacher):
         probabilities = teacher.model(ids).logits[0].double().softmax(-1)
     np.testing.assert_allclose([p[0] for p in last.probability], probabilities.amax(-1), rtol=1e-4)
     np.testing.assert_allclose(last.entropy, -(probabilities * probabilities.log()).sum(-1), rtol=1e-4)
-    assert [t[0] for t in last.top] == [
-        teacher.tokenizer.decode([i]) for i in probabilities.argmax(-1).tolist()
-    ]
+    assert [t[0] for t in last.top] == [teacher.tokenizer.decode([i]) for i in probabilities.argmax(-1).tolist()]
     assert last.target_probability.iloc[0] == pytest.approx(float(probabilities[0, ids[0, 1]]), rel=1e-3)
     assert np.isnan(last.target_probability.iloc[-1])
 
@@ -161,9 +155,7 @@ def test_bad_input(pair, tokens, tiny):
 
 def test_compare_metrics(pair, tokens):
     teacher, student = pair
-    found = compare_metrics(
-        student, tokens, ("block_influence", "magnitude", "kl"), teacher, k=2, positions=5
-    )
+    found = compare_metrics(student, tokens, ("block_influence", "magnitude", "kl"), teacher, k=2, positions=5)
     assert len(found.table) == 3 and list(found.costs.index) == ["block_influence", "magnitude", "kl"]
     square = found.matrix("kendall")
     assert square.loc["kl", "magnitude"] == square.loc["magnitude", "kl"]

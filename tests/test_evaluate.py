@@ -29,9 +29,7 @@ def tokens():
 
 
 def naive(stack, tokens):
-    return torch.log_softmax(
-        stack.model.double()(input_ids=tokens.long(), use_cache=False).logits[:, :-1], -1
-    )
+    return torch.log_softmax(stack.model.double()(input_ids=tokens.long(), use_cache=False).logits[:, :-1], -1)
 
 
 def test_figures_equal_a_naive_fp64_run(pair, tokens, monkeypatch):
@@ -99,9 +97,7 @@ def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, 
     import ildlab.evaluate.suites as module
 
     plain = module.suite_steps
-    monkeypatch.setattr(
-        module, "suite_steps", lambda stack, *a, **k: calls.append(stack) or plain(stack, *a, **k)
-    )
+    monkeypatch.setattr(module, "suite_steps", lambda stack, *a, **k: calls.append(stack) or plain(stack, *a, **k))
     record = json.loads(json.dumps(first.teacher_record()))
     again = evaluate(
         student, stack, tokens, tokenizer=teacher.tokenizer, suite=suite, speed=False, teacher_record=record
@@ -109,9 +105,7 @@ def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, 
     assert calls == [student]
     assert again.teacher_suite.aggregate == pytest.approx(first.teacher_suite.aggregate, abs=1e-5)
     for form in (first, Evaluation.from_dict(json.loads(json.dumps(first.to_dict())))):
-        assert form.quality_loss == pytest.approx(
-            1 - first.suite.aggregate / first.teacher_suite.aggregate, abs=1e-5
-        )
+        assert form.quality_loss == pytest.approx(1 - first.suite.aggregate / first.teacher_suite.aggregate, abs=1e-5)
     assert "mini7: knowledge" in first._repr_html_()
 
 

@@ -64,13 +64,7 @@ def record_task() -> dict:
     out = {}
     for name, race in (("sweep", False), ("race", True)):
         found = measure(
-            student,
-            None,
-            "task",
-            suite=load_suite("canaries", limit=8),
-            tokenizer=tokenizer,
-            race=race,
-            show=False,
+            student, None, "task", suite=load_suite("canaries", limit=8), tokenizer=tokenizer, race=race, show=False
         )
         out[name] = told(found) | {"whole": found.details["whole"]}
     return out
@@ -88,9 +82,7 @@ def record_distill() -> dict:
     out = {}
     for name, config in {
         "default": DistillConfig(batch_size=2, tokens=8 * 2 * 48),
-        "sampled": DistillConfig(
-            batch_size=4, micro_batch=2, tokens=8 * 4 * 48, kl_positions=12, scope="neighbours"
-        ),
+        "sampled": DistillConfig(batch_size=4, micro_batch=2, tokens=8 * 4 * 48, kl_positions=12, scope="neighbours"),
         "paper": DistillConfig.paper(batch_size=2, tokens=8 * 2 * 48),
     }.items():
         tokenizer, teacher, student = pair()
@@ -110,9 +102,18 @@ def record_session(folder: Path) -> dict:
 
     loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
     with PruningSession.create(
-        folder / "run", loaded, text="teacher-samples", block=48, calibration_tokens=192, train_tokens=384,
-        eval_tokens=192, metric="kl", measure={"positions": 16}, distill={"batch_size": 4}, seed=3,
-    ) as session:  # fmt: skip
+        folder / "run",
+        loaded,
+        text="teacher-samples",
+        block=48,
+        calibration_tokens=192,
+        train_tokens=384,
+        eval_tokens=192,
+        metric="kl",
+        measure={"positions": 16},
+        distill={"batch_size": 4},
+        seed=3,
+    ) as session:
         session.run(target_layers=28, show=False)
         path = session.export(folder / "checkpoint")
         actions = [[s.action, s.parent, s.layer_ids, s.args.get("layer_id")] for s in session.steps]

@@ -72,9 +72,15 @@ def test_evaluation_and_suites(both, blocks, teacher):
 def test_the_whole_loop(tiny_folder, text_file, tmp_path, dtype):
     loaded = load_model(str(tiny_folder), dtype=dtype, device=DEVICE)
     with PruningSession.create(
-        tmp_path / "run", loaded, text=str(text_file), block=32, calibration_tokens=256, train_tokens=512,
-        eval_tokens=256, heal=True,
-    ) as session:  # fmt: skip
+        tmp_path / "run",
+        loaded,
+        text=str(text_file),
+        block=32,
+        calibration_tokens=256,
+        train_tokens=512,
+        eval_tokens=256,
+        heal=True,
+    ) as session:
         session.run(target_layers=4)
         assert session.student.device.type == torch.device(DEVICE).type
         assert len(session.removed) == 2

@@ -50,10 +50,13 @@ def naive(stack, inputs, mask, value):
     states = double.hidden_states(inputs)
     return np.array(
         [
-            [np.mean([value(x[row, t], y[row, t]) for t in mask[row].nonzero()[:, 0]]) for x, y in itertools.pairwise(states)]
+            [
+                np.mean([value(x[row, t], y[row, t]) for t in mask[row].nonzero()[:, 0]])
+                for x, y in itertools.pairwise(states)
+            ]
             for row in range(len(mask))
         ]
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("metric", PER_TOKEN)
@@ -137,10 +140,7 @@ def test_taylor_is_the_derivative(small, tokens, positions):
 
 def test_magnitude(small):
     got = measure(small, torch.zeros(1, 4, dtype=torch.long), "magnitude")
-    want = [
-        sum(float(p.double().abs().sum()) for p in layer.parameters() if p.dim() > 1)
-        for layer in small.layers
-    ]
+    want = [sum(float(p.double().abs().sum()) for p in layer.parameters() if p.dim() > 1) for layer in small.layers]
     np.testing.assert_allclose(got.table.score, want, rtol=1e-5)
     assert got.separation() == 1.0 and len(got.tied) == 1 and "magnitude" in got._repr_html_()
 
@@ -151,8 +151,7 @@ def test_smollm2_ranking_makes_sense(teacher, blocks):
     got = measure(stack, blocks.tokens[:4, :32])
     states = stack.hidden_states(blocks.tokens[:4, :32].long())
     want = [
-        1 - float(torch.cosine_similarity(x.double(), y.double(), -1).mean())
-        for x, y in itertools.pairwise(states)
+        1 - float(torch.cosine_similarity(x.double(), y.double(), -1).mean()) for x, y in itertools.pairwise(states)
     ]
     np.testing.assert_allclose(got.table.score, want, rtol=1e-5)
     assert got.table.score.idxmax() == 0

@@ -60,10 +60,7 @@ def test_log_likelihoods_equal_hflm_on_held_out_requests(teacher, file, count):
 
 
 def test_rolling_log_likelihood_and_generation_equal_hflm(teacher):
-    ours, theirs = (
-        StackLM(LayerStack(teacher.model), teacher.tokenizer),
-        hflm(teacher.model, teacher.tokenizer),
-    )
+    ours, theirs = (StackLM(LayerStack(teacher.model), teacher.tokenizer), hflm(teacher.model, teacher.tokenizer))
     ours.max_length = theirs._max_length = 16
     rolling = [Instance("loglikelihood_rolling", {}, ("A text that is longer than one window. " * 4,), 0)]
     assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(
@@ -104,9 +101,7 @@ def test_shipped_yaml_gives_our_scores_under_plain_hflm(teacher):
         measures = {task.measure: task.score, **task.others}
         pairs = {"accuracy_raw": "acc", "accuracy_bytes": "acc_bytes", "exact": "acc"}
         compared = [
-            (measures[m], theirs[f"{lm},none"])
-            for m, lm in pairs.items()
-            if m in measures and f"{lm},none" in theirs
+            (measures[m], theirs[f"{lm},none"]) for m, lm in pairs.items() if m in measures and f"{lm},none" in theirs
         ]
         assert compared
         # The measure that decides is the one that lm-eval has too; of copying it has the exact answers alone.

@@ -8,13 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ildlab.distill.fused import fused_divergence, plain_head
-from ildlab.distill.losses import (
-    Divergence,
-    divergence,
-    hidden_distance,
-    naive_divergence,
-    normed,
-)
+from ildlab.distill.losses import Divergence, divergence, hidden_distance, naive_divergence, normed
 from ildlab.errors import DistillError
 from ildlab.model.stack import LayerStack
 
@@ -55,15 +49,7 @@ def test_fused_equals_the_naive_form_in_fp64(tiny, spec, with_labels, plain, mon
 
     mine, target = hiddens(student)
     loss, stats = fused_divergence(
-        student,
-        teacher,
-        mine,
-        target,
-        spec,
-        weights=weights,
-        labels=labels,
-        label_weights=label_weights,
-        chunk=5,
+        student, teacher, mine, target, spec, weights=weights, labels=labels, label_weights=label_weights, chunk=5
     )
     (3 * loss).backward()
 
@@ -208,9 +194,7 @@ def test_no_gradient_where_none_is_wanted(tiny):
     torch.testing.assert_close(loss, stats[0])
 
 
-@pytest.mark.parametrize(
-    "bad", [{"kind": "kl"}, {"temperature": 0}, {"temperature": float("nan")}, {"beta": 1.0}]
-)
+@pytest.mark.parametrize("bad", [{"kind": "kl"}, {"temperature": 0}, {"temperature": float("nan")}, {"beta": 1.0}])
 def test_bad_divergences_are_named(bad):
     with pytest.raises(DistillError):
         Divergence(**bad)
@@ -218,9 +202,7 @@ def test_bad_divergences_are_named(bad):
 
 def test_real_head_in_fp32(teacher):
     stack = LayerStack(teacher.model)
-    ids = teacher.tokenizer("Water freezes at zero degrees, and boils at a hundred.", return_tensors="pt")[
-        "input_ids"
-    ]
+    ids = teacher.tokenizer("Water freezes at zero degrees, and boils at a hundred.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         target = stack.final(ids)[0]
         with stack.without(20):
@@ -230,9 +212,7 @@ def test_real_head_in_fp32(teacher):
     loss, stats = fused_divergence(stack, stack, mine, target, weights=weights, chunk=4)
     loss.backward()
     # In the same chunks: how many rows a matrix product has decides how fp32 rounds it (by 2e-5 of the KL here).
-    logits, goal = (
-        torch.cat([stack.logits(c).double() for c in x.detach().split(4)]) for x in (mine, target)
-    )
+    logits, goal = (torch.cat([stack.logits(c).double() for c in x.detach().split(4)]) for x in (mine, target))
     want = F.kl_div(logits.log_softmax(-1), goal.log_softmax(-1), reduction="batchmean", log_target=True)
     assert abs(loss.item() - want.item()) < 1e-6 * want.item()
     again = mine.detach().requires_grad_()

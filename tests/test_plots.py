@@ -122,9 +122,7 @@ def test_loss_curves_keeps_kl_and_mse_apart():
     many = {f"hidden_{i}": np.full(40, float(i)) for i in range(1, 8)}
     drawn = plots.loss_curves(pd.DataFrame({"step": steps, "kl": history["kl"], **many})).figure.axes[1]
     looks = {
-        (line.get_color(), line.get_linestyle(), line.get_label())
-        for line in drawn.lines
-        if line.get_linewidth() > 1
+        (line.get_color(), line.get_linestyle(), line.get_label()) for line in drawn.lines if line.get_linewidth() > 1
     }
     assert len(looks) == len(many) and len({look[:2] for look in looks}) == len(many)
     one = plots.loss_curves(pd.DataFrame({"step": [1], "kl": [2.0]}))

@@ -33,9 +33,7 @@ def name_of(requirement: str) -> str:
 def direct_dependencies() -> set[str]:
     listed = [*PYPROJECT["project"]["dependencies"], *(each for extra in EXTRAS.values() for each in extra)]
     names = {name_of(each) for each in listed}
-    return names | (
-        {"distributed"} if "dask" in names else set()
-    )  # dask[distributed] is a package of its own
+    return names | ({"distributed"} if "dask" in names else set())  # dask[distributed] is a package of its own
 
 
 def test_every_direct_dependency_is_pinned_and_nothing_else():
@@ -63,33 +61,14 @@ def test_environment_yml_equals_pyproject():
 
 def test_every_import_is_declared():
     declared = direct_dependencies()
-    module_of = {
-        "lazy-loader": "lazy_loader",
-        "pyyaml": "yaml",
-        "rouge-score": "rouge_score",
-        "lm-eval": "lm_eval",
-    }
-    allowed = {module_of.get(name, name) for name in declared} | {
-        "ildlab",
-        "IPython",
-        *sys.stdlib_module_names,
-    }
+    module_of = {"lazy-loader": "lazy_loader", "pyyaml": "yaml", "rouge-score": "rouge_score", "lm-eval": "lm_eval"}
+    allowed = {module_of.get(name, name) for name in declared} | {"ildlab", "IPython", *sys.stdlib_module_names}
     # What comes with a declared package as its own public parts.
-    allowed |= {
-        "huggingface_hub",
-        "nbformat",
-        "nbclient",
-        "nbconvert",
-        "traitlets",
-        "tokenizers",
-        "ipykernel",
-    }
+    allowed |= {"huggingface_hub", "nbformat", "nbclient", "nbconvert", "traitlets", "tokenizers", "ipykernel"}
     # Benchmarks measure against rivals where a person has installed them, and borrow the tests' browser.
     benchmarking = {"optipfair", "trl", "tests"}
     for file in [*ROOT.glob("ildlab/**/*.py"), *ROOT.glob("benchmarks/*.py")]:
-        local = (
-            {each.stem for each in file.parent.glob("*.py")} if file.parent.name == "benchmarks" else set()
-        )
+        local = {each.stem for each in file.parent.glob("*.py")} if file.parent.name == "benchmarks" else set()
         for node in ast.walk(ast.parse(file.read_text())):
             modules = []
             if isinstance(node, ast.Import):
@@ -128,9 +107,7 @@ def test_public_names_resolve():
         }
         for name in set(package.__all__) - modules:
             assert getattr(package, name) is not None
-            assert not isinstance(getattr(package, name), type(ildlab)), (
-                f"{package.__name__}.{name} is a module"
-            )
+            assert not isinstance(getattr(package, name), type(ildlab)), f"{package.__name__}.{name} is a module"
     assert not hasattr(ildlab, "no_such_name")
 
 
@@ -198,9 +175,7 @@ def test_write_atomic(tmp_path):
     assert [each.name for each in file.parent.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize(
-    ("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "No permission")]
-)
+@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "No permission")])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, message):
     file = tmp_path / "a.json"
     files.write_atomic(file, "old")

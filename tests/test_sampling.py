@@ -30,9 +30,7 @@ def test_growing_cache_equals_the_stock_one(tiny):
     ids = torch.randint(3, 97, (3, 10))
     whole = model(input_ids=ids).logits
     cache = _cache(model, 12)
-    steps = [
-        model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(10)
-    ]
+    steps = [model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(10)]
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -54,9 +52,7 @@ def test_min_p_leaves_only_the_likeliest(tiny, teacher):
     model = tiny(2, vocab=49152, hidden=16)
     options = {"tokens": 2 * 48, "rows": 2, "length": 48, "chat": 0.0, "bare": 0.0}
     greedy = drive(sample_steps(model, teacher.tokenizer, **options, min_p=1.0), show=False)
-    cold = drive(
-        sample_steps(model, teacher.tokenizer, **options, min_p=0.0, temperature=(1e-4, 1e-4)), show=False
-    )
+    cold = drive(sample_steps(model, teacher.tokenizer, **options, min_p=0.0, temperature=(1e-4, 1e-4)), show=False)
     assert greedy == cold
 
 
@@ -67,9 +63,7 @@ def test_documents_are_cut_at_the_end_of_text(teacher):
     texts = list(_documents([end, *a, end, 5, 6, end, *b], end, tokenizer))
     assert [t[:7] for t in texts] == ["One two", "Five si"]  # the scrap between them is dropped
     (chat,) = (questions(tokenizer, 0).__next__(),)
-    whole = tokenizer(chat + "An answer of some length, so that it is kept.", add_special_tokens=False)[
-        "input_ids"
-    ]
+    whole = tokenizer(chat + "An answer of some length, so that it is kept.", add_special_tokens=False)["input_ids"]
     (text,) = _documents([end, *whole, end], end, tokenizer)
     assert text.startswith("<|im_start|>") and text.endswith("is kept.")
 

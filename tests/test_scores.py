@@ -40,13 +40,15 @@ def test_bootstrap_equals_the_naive_loop():
     x, w = rng.normal(size=(12, 4)) + np.arange(4), rng.integers(5, 50, 12)
     scores = made(x, w, confidence=0.9)
     draws = resamples(12)
-    naive = np.array([[np.average(np.repeat(x[:, j], d.astype(int)), weights=np.repeat(w, d.astype(int)))
-                       for j in range(4)] for d in draws])  # fmt: skip
+    naive = np.array(
+        [
+            [np.average(np.repeat(x[:, j], d.astype(int)), weights=np.repeat(w, d.astype(int))) for j in range(4)]
+            for d in draws
+        ]
+    )
     mean = np.average(x, axis=0, weights=w)
     wider = np.sqrt(12 / 11) * 1.795885 / 1.644854  # t with 11 degrees of freedom over z, at 95%
-    np.testing.assert_allclose(
-        scores.table.ci_low, mean + wider * (np.percentile(naive, 5, axis=0) - mean), rtol=1e-5
-    )
+    np.testing.assert_allclose(scores.table.ci_low, mean + wider * (np.percentile(naive, 5, axis=0) - mean), rtol=1e-5)
     np.testing.assert_allclose(
         scores.table.ci_high, mean + wider * (np.percentile(naive, 95, axis=0) - mean), rtol=1e-5
     )
@@ -195,9 +197,7 @@ def test_positions_are_seeded_by_row_and_valid():
 
 def test_sampled_positions_are_unbiased(small, tokens):
     full = measure(small, tokens, "nll").table.score
-    sampled = np.mean(
-        [measure(small, tokens, "nll", positions=4, seed=s).table.score for s in range(12)], axis=0
-    )
+    sampled = np.mean([measure(small, tokens, "nll", positions=4, seed=s).table.score for s in range(12)], axis=0)
     np.testing.assert_allclose(sampled, full, atol=0.25)
 
 
@@ -329,10 +329,7 @@ def test_two_processes_rank_as_one(tmp_path, tiny, tokens):
         _, errors = job.communicate(timeout=120)
         assert job.returncode == 0, errors.decode()[-3000:]
     first, second = (
-        {
-            m: LayerScores.from_dict(v)
-            for m, v in json.loads((tmp_path / f"scores-{rank}.json").read_text()).items()
-        }
+        {m: LayerScores.from_dict(v) for m, v in json.loads((tmp_path / f"scores-{rank}.json").read_text()).items()}
         for rank in (0, 1)
     )
     for metric in ("block_influence", "nll"):

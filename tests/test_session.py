@@ -12,15 +12,7 @@ import pytest
 import torch
 
 from ildlab.distill.config import DistillConfig, resolve_scope
-from ildlab.errors import (
-    DistillError,
-    ExportError,
-    JournalError,
-    MeasureError,
-    SessionError,
-    SuiteError,
-    TextError,
-)
+from ildlab.errors import DistillError, ExportError, JournalError, MeasureError, SessionError, SuiteError, TextError
 from ildlab.model.load import LoadedModel
 from ildlab.session.config import SessionConfig
 from ildlab.session.diagnosis import diagnose
@@ -80,8 +72,12 @@ def test_whole_run(make):
         assert f"(never distilled: {row['perplexity_undistilled']:.2f}, {row['kl_undistilled']:.4f})" in note
     assert len(session.student) == 4 and len(session.removed) == 2
     assert [s.action for s in session.steps] == ["create", "run", "evaluate"] + 2 * [
-        "measure", "remove", "evaluate", "distill", "evaluate",
-    ]  # fmt: skip
+        "measure",
+        "remove",
+        "evaluate",
+        "distill",
+        "evaluate",
+    ]
     assert list(table["n_removed"]) == [0, 1, 2]
     assert table["kl"].iloc[0] == pytest.approx(0, abs=1e-6)
     assert (table["kl"].iloc[1:] > 0).all()
@@ -143,11 +139,7 @@ def test_a_final_distillation_follows_those_of_each_step_and_resumes(make):
 
 @pytest.mark.parametrize(
     "target, final, match",
-    [
-        (None, {"tokens": 64}, "target_layers"),
-        (4, {"learning_rate": -1}, "learning_rate"),
-        (4, {"x": 1}, "x"),
-    ],
+    [(None, {"tokens": 64}, "target_layers"), (4, {"learning_rate": -1}, "learning_rate"), (4, {"x": 1}, "x")],
 )
 def test_bad_final_settings_are_refused_before_anything_runs(make, target, final, match):
     session = make()
@@ -279,9 +271,7 @@ def test_offloaded_layers_can_be_measured_and_removed(tiny, teacher, text_file, 
     )
     away = LoadedModel(model.eval().requires_grad_(False), teacher.tokenizer, "tiny")
     here = LoadedModel(
-        LlamaForCausalLM.from_pretrained(tmp_path / "model").eval().requires_grad_(False),
-        teacher.tokenizer,
-        "tiny",
+        LlamaForCausalLM.from_pretrained(tmp_path / "model").eval().requires_grad_(False), teacher.tokenizer, "tiny"
     )
     found = []
     for name, loaded in (("away", away), ("here", here)):
@@ -290,9 +280,7 @@ def test_offloaded_layers_can_be_measured_and_removed(tiny, teacher, text_file, 
             session.measure()
             session.remove()
             scored = session.evaluate(speed=False)
-            found.append(
-                (session.journal.config["fingerprint"], session.removed, scored.kl, scored.aggregate)
-            )
+            found.append((session.journal.config["fingerprint"], session.removed, scored.kl, scored.aggregate))
             if loaded is away:
                 with pytest.raises(DistillError, match="offloaded"):
                     session.distill()
@@ -364,9 +352,15 @@ def test_one_action_at_a_time(make):
     next(work)
     steps = len(session.steps)
     for action in (
-        session.undo, session.measure, session.evaluate, session.distill, session.heal,
-        lambda: session.remove(3), lambda: session.generate("def"), lambda: session.export("nowhere"),
-    ):  # fmt: skip
+        session.undo,
+        session.measure,
+        session.evaluate,
+        session.distill,
+        session.heal,
+        lambda: session.remove(3),
+        lambda: session.generate("def"),
+        lambda: session.export("nowhere"),
+    ):
         with pytest.raises(SessionError, match="in the middle of distill"):
             action()
     assert len(session.steps) == steps and session.removed == [2]
@@ -550,9 +544,12 @@ def test_refusals_change_nothing(make, tmp_path, tiny_folder, text_file):
     with pytest.raises(SessionError, match="weights_dtype 'int8'"):
         create(weights_dtype="int8")
     for distill, match in (
-        ({"schedule": "cosin"}, "schedule"), ({"learning_rate": -1}, "learning_rate"),
-        ({"learning_rate": "5e-4"}, "write 5.0e-4"), ({"scope": "windw(2)"}, "scope"), ({"tokens": 1.5}, "tokens"),
-    ):  # fmt: skip
+        ({"schedule": "cosin"}, "schedule"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"learning_rate": "5e-4"}, "write 5.0e-4"),
+        ({"scope": "windw(2)"}, "scope"),
+        ({"tokens": 1.5}, "tokens"),
+    ):
         with pytest.raises(DistillError, match=match):
             create(distill=distill)
     assert not (tmp_path / "other").exists()
@@ -571,9 +568,15 @@ def test_a_family_whose_config_cannot_describe_a_cut_is_refused_at_once(teacher,
     from transformers import JambaConfig, JambaForCausalLM
 
     config = JambaConfig(
-        vocab_size=len(teacher.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=6,
-        num_attention_heads=2, num_key_value_heads=1, num_experts=2, mamba_d_state=4,
-    )  # fmt: skip
+        vocab_size=len(teacher.tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=6,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=2,
+        mamba_d_state=4,
+    )
     loaded = LoadedModel(JambaForCausalLM(config).eval().requires_grad_(False), teacher.tokenizer, "jamba")
     with pytest.raises(ExportError, match="by a rule, not by a list"):
         PruningSession.create(tmp_path / "run", loaded, text=str(text_file), **SETTINGS)
@@ -645,9 +648,7 @@ def test_the_verdict_on_the_cache_allows_for_rounding_alone(tiny):
     second = int(logits.topk(2).indices[1])
     gap = float((logits[best] - logits[second]) / logits.abs().max())
     close = [torch.tensor([5, 6, token, 9]) for token in (best, second)]
-    assert _same_but_for_rounding(model, *close, 1.01 * gap) and not _same_but_for_rounding(
-        model, *close, 0.99 * gap
-    )
+    assert _same_but_for_rounding(model, *close, 1.01 * gap) and not _same_but_for_rounding(model, *close, 0.99 * gap)
     assert not _same_but_for_rounding(model, one, one[:3], 1e-5)
 
 
@@ -727,10 +728,7 @@ def test_sigkill_in_each_phase(make):
         assert len(again.losses()) == len(session.losses())
         # The child had one thread: sums come out in another order.
         torch.testing.assert_close(
-            logits(again.student, again.tokenizer),
-            logits(session.student, session.tokenizer),
-            rtol=0,
-            atol=0.05,
+            logits(again.student, again.tokenizer), logits(session.student, session.tokenizer), rtol=0, atol=0.05
         )
         again.close()
 

@@ -60,9 +60,14 @@ def prompt() -> torch.Tensor:
 def generate(model, use_cache: bool) -> torch.Tensor:
     ids = prompt()
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False,
-        use_cache=use_cache, pad_token_id=0,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        use_cache=use_cache,
+        pad_token_id=0,
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,9 +182,7 @@ def test_refusals(tiny):
 def test_encoder_decoder_is_refused():
     from transformers import T5Config, T5ForConditionalGeneration
 
-    model = T5ForConditionalGeneration(
-        T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
-    )
+    model = T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2))
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         LayerStack(model)
 

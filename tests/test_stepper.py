@@ -237,8 +237,16 @@ def test_reopened_at_the_same_step(stepper, session):
 def test_monkey(stepper, session):
     """500 seeded actions: nothing raises, and session, journal and model stay in step."""
     rng = random.Random(0)
-    quick = [stepper.toggle, stepper.reset, stepper.suggest, stepper.remove, stepper.undo, stepper.go_back,
-             stepper.pause, stepper.stop]  # fmt: skip
+    quick = [
+        stepper.toggle,
+        stepper.reset,
+        stepper.suggest,
+        stepper.remove,
+        stepper.undo,
+        stepper.go_back,
+        stepper.pause,
+        stepper.stop,
+    ]
     slow = [stepper.measure, stepper.try_it, stepper.distill, stepper.evaluate, stepper.draw, stepper.save]
     stepper.tokens.value = 4 * 32
     for _ in range(500):

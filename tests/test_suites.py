@@ -96,9 +96,7 @@ def test_results_are_kept_by_model_and_suite(stack, teacher, tmp_path, monkeypat
 
 
 def test_local_files_are_suites(tmp_path):
-    (tmp_path / "quiz.jsonl").write_text(
-        json.dumps({"query": "q", "choices": ["a", "b", "c"], "gold": 1}) + "\n"
-    )
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"query": "q", "choices": ["a", "b", "c"], "gold": 1}) + "\n")
     (tmp_path / "book.txt").write_text("Some words of a book.\n")
     suite = load_suite(f"file:{tmp_path / 'quiz.jsonl'},{tmp_path / 'book.txt'}")
     assert [task.kind for task in suite.tasks] == ["multiple_choice", "bits_per_byte"]
@@ -194,26 +192,29 @@ def test_paper7_on_local_stand_ins_of_the_same_schema(tmp_path, stack, teacher, 
     assert len(subjects) == 57
     question = [
         {
-            "question_en": f"Question {i}?", "choices_en": ["w", "x", "y", "z"], "answer": i % 4,
-            "question_ru": f"Вопрос {i}?", "choices_ru": ["а", "б", "в", "г"],
+            "question_en": f"Question {i}?",
+            "choices_en": ["w", "x", "y", "z"],
+            "answer": i % 4,
+            "question_ru": f"Вопрос {i}?",
+            "choices_ru": ["а", "б", "в", "г"],
         }
         for i in range(6)
-    ]  # fmt: skip
+    ]
     examples = [{**row, "question_en": f"Example {i}?"} for i, row in enumerate(question[:5])]
     for name in ("mmlu_en", "mmlu_ru"):
-        parquet_branch(
-            tmp_path,
-            f"NLPCoreTeam/{name}",
-            {s: {"test": question, "dev": examples} for s in subjects[:2]},
-        )
+        parquet_branch(tmp_path, f"NLPCoreTeam/{name}", {s: {"test": question, "dev": examples} for s in subjects[:2]})
     summary = [{"src_sents": ["Одно.", "Два."], "summary_sents": ["Три."]}] * 6
     stand_in(tmp_path, "dichspace/daru_treeway_eval", {"default": {"test": summary[:1], "prompt": summary}})
     text = [{"inputs": {"text": f"Текст номер {i} для копии."}} for i in range(6)]
     flores = [{"inputs": {"en": "A cat.", "ru": "Кот."}}] * 6
     stand_in(
-        tmp_path, "RefalMachine/darumeru",
-        {n: {"test": r[:1], "prompt": r} for n, r in {"cp_doc_ru": text, "cp_para_ru": text, "flores": flores}.items()},
-    )  # fmt: skip
+        tmp_path,
+        "RefalMachine/darumeru",
+        {
+            n: {"test": r[:1], "prompt": r}
+            for n, r in {"cp_doc_ru": text, "cp_para_ru": text, "flores": flores}.items()
+        },
+    )
     for task in yaml["tasks"]:
         if "names" in task["hub"]:
             task["hub"]["names"] = subjects[:2]
@@ -226,13 +227,17 @@ def test_paper7_on_local_stand_ins_of_the_same_schema(tmp_path, stack, teacher, 
     file.write_text(library.safe_dump(yaml))
     suite = load_suite(file, hub_root=tmp_path, limit=4)
     assert [task.name for task in suite.tasks] == [
-        "mmlu_en", "mmlu_ru", "summary_ru", "copy_document_ru", "copy_paragraph_ru", "en_ru", "ru_en",
-    ]  # fmt: skip
+        "mmlu_en",
+        "mmlu_ru",
+        "summary_ru",
+        "copy_document_ru",
+        "copy_paragraph_ru",
+        "en_ru",
+        "ru_en",
+    ]
     mmlu = suite.tasks[0]
     prompt = mmlu.prompt(0, mmlu.rows[0]["query"])
-    assert prompt.startswith(
-        "The following are multiple choice questions (with answers) about abstract algebra."
-    )
+    assert prompt.startswith("The following are multiple choice questions (with answers) about abstract algebra.")
     assert prompt.count("Answer:") == 6 and prompt.endswith("Question 0?\nA. w\nB. x\nC. y\nD. z\nAnswer:")
     found = score_suite(stack, teacher.tokenizer, suite)
     assert set(found.tasks) == {task.name for task in suite.tasks}
@@ -277,9 +282,7 @@ def test_contexts_that_do_not_fit_are_reported(tiny, teacher):
 
 
 def test_a_smaller_suite_keeps_its_few_shot_examples():
-    rows = tuple(
-        {"context": f"{n} and 1 is", "continuation": str(n + 1), "group": "ab"[n % 2]} for n in range(8)
-    )
+    rows = tuple({"context": f"{n} and 1 is", "continuation": str(n + 1), "group": "ab"[n % 2]} for n in range(8))
     task = Task("sums", "cloze", rows, fewshot=3)
     small = task.take(1)
     assert small.prompt(0, "x") == task.prompt(0, "x") and small.prompt(0, "x").count("\n\n") == 3
@@ -297,9 +300,7 @@ def test_a_teacher_that_can_do_nothing_is_an_error():
 
 
 def test_task_ablation_equals_separate_runs_of_pruned_models(stack, teacher):
-    text = tuple(
-        {"text": f"The {word} stood by the river for a hundred years."} for word in ("mill", "old oak")
-    )
+    text = tuple({"text": f"The {word} stood by the river for a hundred years."} for word in ("mill", "old oak"))
     # Bits per byte are numbers of their own for each layer, where right and wrong may agree by luck.
     bits = Task("text", "bits_per_byte", text, chance=24.0, direction="lower")
     suite = Suite("both", (*load_suite("mini7", limit=2).tasks, bits))
@@ -333,10 +334,7 @@ def test_race_keeps_the_least_important_layer(tiny, teacher):
     from ildlab.evaluate.tasks import Task
 
     task = Task(
-        "own",
-        "cloze",
-        tuple({"context": c, "continuation": a or "x"} for c, a in rows if a.strip()),
-        delimiter="",
+        "own", "cloze", tuple({"context": c, "continuation": a or "x"} for c, a in rows if a.strip()), delimiter=""
     )
     suite = Suite("own", (task,))
     raced = measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer, race=True, tie=0.0)

@@ -43,9 +43,7 @@ def test_suites_hold_what_they_promise():
 
 @pytest.mark.parametrize(("task", "rows"), [(t, r) for _, t, r in ALL], ids=by_name)
 def test_tasks_and_rows_are_well_formed(task, rows):
-    assert set(task) == {
-        *("name", "kind", "file", "fewshot", "normalise", "metric", "chance", "direction", "weight")
-    }
+    assert set(task) == {*("name", "kind", "file", "fewshot", "normalise", "metric", "chance", "direction", "weight")}
     assert task["normalise"] in ("raw", "bytes") and task["direction"] == "higher"
     keys = {"query", "choices", "gold"} if task["kind"] in CHOICE_KINDS else {"context", "continuation"}
     for row in rows:

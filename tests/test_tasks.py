@@ -81,9 +81,7 @@ def test_alibi_model_is_found_out(teacher):
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
-    model = BloomForCausalLM(
-        BloomConfig(vocab_size=len(teacher.tokenizer), hidden_size=32, n_layer=2, n_head=4)
-    )
+    model = BloomForCausalLM(BloomConfig(vocab_size=len(teacher.tokenizer), hidden_size=32, n_layer=2, n_head=4))
     bloom = LayerStack(model.eval().requires_grad_(False))
     assert largest_tree(bloom) == 0
     encoded, owner = requests(Task("t", "multiple_choice", tuple(ROWS)), teacher.tokenizer, 256)
@@ -107,9 +105,17 @@ def family(name: str, dtype: torch.dtype) -> LayerStack:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(
-        name, vocab_size=200, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0, **SMALL.get(name, {}),
-    )  # fmt: skip
+        name,
+        vocab_size=200,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+        **SMALL.get(name, {}),
+    )
     torch.manual_seed(0)
     return LayerStack(AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False))
 
@@ -127,9 +133,7 @@ def test_trees_are_used_only_where_they_are_exact(name):
 
 def test_encoding_moves_spaces_and_stands_for_an_empty_context(teacher):
     tokenizer = teacher.tokenizer
-    spaced, plain, empty = encode(
-        tokenizer, [("The sky is ", "blue"), ("The sky is", " blue"), ("", "Blue")], 64
-    )
+    spaced, plain, empty = encode(tokenizer, [("The sky is ", "blue"), ("The sky is", " blue"), ("", "Blue")], 64)
     assert spaced == plain
     assert empty.context == (tokenizer.bos_token_id,)
     assert tokenizer.decode(empty.continuation) == "Blue"
@@ -179,9 +183,17 @@ def test_sliding_windows_hold_for_rows_of_any_length(teacher):
 
     torch.manual_seed(0)
     config = Gemma3TextConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=16, max_position_embeddings=256, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
     stack = LayerStack(Gemma3ForCausalLM(config).eval().requires_grad_(False))
     long = [Encoded(tuple(range(5, 45)), (3, 4))]
     choices = [Encoded(tuple(range(60, 68)), (k, k + 1)) for k in (1, 2)]
@@ -191,9 +203,7 @@ def test_sliding_windows_hold_for_rows_of_any_length(teacher):
 
 
 def test_measures_of_every_kind():
-    choice = Task(
-        "c", "multiple_choice", ({"query": "q", "choices": ["aaaa", "b"], "gold": 0},), normalise="bytes"
-    )
+    choice = Task("c", "multiple_choice", ({"query": "q", "choices": ["aaaa", "b"], "gold": 0},), normalise="bytes")
     found = measures(choice, [0, 0], Outcomes(np.array([-3.0, -1.0]), np.array([0, 1]), np.array([2, 1])))
     assert found["accuracy_raw"][0] == 0 and found["accuracy_bytes"][0] == 1
     assert choice.measure == "accuracy_bytes"
@@ -201,9 +211,7 @@ def test_measures_of_every_kind():
     found = measures(copy, [0], Outcomes(np.array([-2.0]), np.array([1]), np.array([4])))
     assert found["prefix"][0] == 0.25 and found["exact"][0] == 0
     bits = Task("b", "bits_per_byte", ({"text": "abcd"},), chance=8.0, direction="lower")
-    found = measures(
-        bits, [0, 0], Outcomes(np.array([-math.log(2) * 6, -math.log(2) * 2]), *[np.array([0, 0])] * 2)
-    )
+    found = measures(bits, [0, 0], Outcomes(np.array([-math.log(2) * 6, -math.log(2) * 2]), *[np.array([0, 0])] * 2))
     assert found["bits_per_byte"][0] == pytest.approx(2.0)
     assert weights(bits)[0] == 4
 
@@ -219,9 +227,7 @@ def test_few_shot_prompts_leave_out_the_row_itself():
     assert pairs(pair, 0)[0] == ("Cleo sat.\n\nAnn", " left.")
     # A copy of the row holds its answer as well.
     copies = tuple(dict(row) for row in (options, other))
-    assert pairs(Task("p", "minimal_pairs", (options, other), fewshot=1, shots=copies), 0)[0][0].startswith(
-        "Cleo"
-    )
+    assert pairs(Task("p", "minimal_pairs", (options, other), fewshot=1, shots=copies), 0)[0][0].startswith("Cleo")
     with pytest.raises(SuiteError, match="only 0 examples"):
         Task("p", "minimal_pairs", (options, dict(options)), fewshot=1)
 
@@ -251,9 +257,15 @@ def test_gpt_neo_windows_hold_for_branches(teacher):
 
     torch.manual_seed(0)
     config = GPTNeoConfig(
-        vocab_size=128, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
-        window_size=24, max_position_embeddings=256, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=128,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=24,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
     stack = LayerStack(GPTNeoForCausalLM(config).eval().requires_grad_(False))
     # As columns of one row, the last choice would be out of the local layer's sight of its context.
     choices = [Encoded(tuple(range(60, 70)), tuple(range(k, k + 8))) for k in (1, 20, 40)]
@@ -286,9 +298,7 @@ def test_bad_files_name_file_and_line(tmp_path):
     file.write_text("\n")
     with pytest.raises(SuiteError, match="no examples"):
         read_jsonl(file)
-    file.write_text(
-        json.dumps({**ROWS[0], "query": "a line\u2028 another"}, ensure_ascii=False) + "\n{broken\n"
-    )
+    file.write_text(json.dumps({**ROWS[0], "query": "a line\u2028 another"}, ensure_ascii=False) + "\n{broken\n")
     with pytest.raises(SuiteError, match="rows.jsonl line 2: not JSON"):  # the first is one row
         read_jsonl(file)
     with pytest.raises(SuiteError, match="cannot be read"):
@@ -333,9 +343,7 @@ def test_generated_answers(teacher):
     answers, truncated = drive(
         greedy_steps(stack, teacher.tokenizer, prompts, max_new_tokens=6, stop=[","], max_length=64)
     )
-    alone, _ = drive(
-        greedy_steps(stack, teacher.tokenizer, prompts[:1], max_new_tokens=6, stop=[","], max_length=64)
-    )
+    alone, _ = drive(greedy_steps(stack, teacher.tokenizer, prompts[:1], max_new_tokens=6, stop=[","], max_length=64))
     assert answers[0] == alone[0] == "four"  # padding of a batch changes nothing
     assert truncated == 0
     fake = SimpleNamespace(batch_decode=lambda rows, **_: ["".join(map(chr, row)) for row in rows.tolist()])

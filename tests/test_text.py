@@ -160,9 +160,7 @@ def test_files_of_every_kind_give_the_same_documents(tmp_path):
     # A folder holds all of them, and hidden files do not count; each document comes once.
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "b.txt").write_text("not to be read " * 50)
-    assert len(list(find_documents(tmp_path, split="train").stream())) == sum(
-        split_of(t) == "train" for t in texts
-    )
+    assert len(list(find_documents(tmp_path, split="train").stream())) == sum(split_of(t) == "train" for t in texts)
 
 
 def test_a_text_without_paragraphs_is_cut(tmp_path):
@@ -324,9 +322,7 @@ def test_unreadable_parquet_column(tmp_path, tokenizer):
         with pytest.raises(TextError, match=message):
             load_text(file, tokenizer, text_column=column)
     chosen = {
-        document
-        for split in SPLITS
-        for document in find_documents(file, split=split, text_column="answer").stream()
+        document for split in SPLITS for document in find_documents(file, split=split, text_column="answer").stream()
     }
     assert chosen == {"c", "d"}
 
@@ -367,8 +363,7 @@ def test_hub_rows_are_streamed_and_offline_says_what_to_do(cache, tokenizer, mon
         load_text("owner/other", tokenizer, tokens=512)
     # What was read once is in the cache, and needs no network.
     assert (
-        load_text("owner/name:small", tokenizer, block=32, tokens=320, split="eval").fingerprint
-        == blocks.fingerprint
+        load_text("owner/name:small", tokenizer, block=32, tokens=320, split="eval").fingerprint == blocks.fingerprint
     )
 
 
@@ -379,14 +374,10 @@ def test_padding_does_not_make_another_tokenizer(tokenizer):
 
 
 def test_a_first_row_without_its_text_does_not_choose_the_column(teacher, tmp_path):
-    rows = [
-        {"id": f"doc-{n}", "text": None if n == 0 else f"Words of document {n}. " * 20} for n in range(40)
-    ]
+    rows = [{"id": f"doc-{n}", "text": None if n == 0 else f"Words of document {n}. " * 20} for n in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for column in (None, "text"):
-        blocks = load_text(
-            tmp_path / "rows.jsonl", teacher.tokenizer, block=16, split="train", text_column=column
-        )
+        blocks = load_text(tmp_path / "rows.jsonl", teacher.tokenizer, block=16, split="train", text_column=column)
         assert "doc-" not in teacher.tokenizer.decode(blocks.tokens[0])
 
 
@@ -398,9 +389,7 @@ def test_a_text_in_the_place_of_a_source_is_refused_in_words(teacher, tmp_path):
 
 
 def test_a_damaged_gzip_file_is_named(teacher, tmp_path):
-    data = bytearray(
-        gzip.compress("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(2000)).encode())
-    )
+    data = bytearray(gzip.compress("".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(2000)).encode()))
     data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
     (tmp_path / "rows.jsonl.gz").write_bytes(data)
     with pytest.raises(TextError, match="rows.jsonl.gz"):

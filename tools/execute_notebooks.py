@@ -50,9 +50,7 @@ def smaller(encoded: str) -> str:
     """Recode a PNG with a palette of 256 colours: enough for figures, at a third of the size."""
     image = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")
     buffer = io.BytesIO()
-    image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-        buffer, "PNG", optimize=True
-    )
+    image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -66,9 +64,7 @@ def is_only_widget(output) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", type=Path, nargs="+")
     parser.add_argument("--folder", type=Path, help="where they run; by default each in an empty folder")
     args = parser.parse_args()

@@ -38,10 +38,7 @@ def damages(stack: LayerStack, tokens: torch.Tensor) -> tuple[np.ndarray, np.nda
         states = list(stack.walk(rows.batch(every)))
         prior.append(
             np.stack(
-                [
-                    1 - torch.cosine_similarity(a, b, dim=-1).mean(1).cpu().numpy()
-                    for a, b in zip(states, states[1:])
-                ],
+                [1 - torch.cosine_similarity(a, b, dim=-1).mean(1).cpu().numpy() for a, b in zip(states, states[1:])],
                 1,
             )
         )
@@ -56,9 +53,7 @@ def damages(stack: LayerStack, tokens: torch.Tensor) -> tuple[np.ndarray, np.nda
     return np.concatenate(found), np.concatenate(prior)
 
 
-def replay(
-    rise: np.ndarray, prior: np.ndarray, seed: int, sequences: int, positions: int, tie: float
-) -> dict:
+def replay(rise: np.ndarray, prior: np.ndarray, seed: int, sequences: int, positions: int, tie: float) -> dict:
     """One race on a text drawn by the seed; each of its sequences is two of the measured ones."""
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(rise), size=(sequences, 2))
@@ -95,17 +90,13 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[30, 28, 26])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--measured", type=int, default=40, help="sequences of 128 tokens that are measured")
-    parser.add_argument(
-        "--sequences", type=int, default=48, help="sequences of a race's text, 256 tokens each"
-    )
+    parser.add_argument("--sequences", type=int, default=48, help="sequences of a race's text, 256 tokens each")
     parser.add_argument("--positions", type=int, default=254, help="scored positions of each")
     parser.add_argument("--tie", type=float, default=0.02)
     args = parser.parse_args()
     loaded = load_model("smollm2-135m", dtype="float32")
     stack = LayerStack(loaded.model).share()
-    text = load_text(
-        "python-docs", loaded.tokenizer, block=128, tokens=128 * args.measured, split="calibration"
-    )
+    text = load_text("python-docs", loaded.tokenizer, block=128, tokens=128 * args.measured, split="calibration")
     for depth in range(max(args.depths), min(args.depths) - 1, -1):
         wanted = depth in args.depths
         tokens = text.tokens[: args.measured if wanted else 8]
@@ -118,14 +109,9 @@ def main() -> None:
         rise, prior = stored["rise"], stored["prior"]
         mean = rise.mean((0, 2))
         if wanted:
-            made = [
-                replay(rise, prior, seed, args.sequences, args.positions, args.tie)
-                for seed in range(args.seeds)
-            ]
+            made = [replay(rise, prior, seed, args.sequences, args.positions, args.tie) for seed in range(args.seeds)]
             off = np.array([m["off"] for m in made])
-            ends = {
-                name: sum(m["stopped"] == name for m in made) for name in sorted({m["stopped"] for m in made})
-            }
+            ends = {name: sum(m["stopped"] == name for m in made) for name in sorted({m["stopped"] for m in made})}
             order = np.argsort(mean)[:3]
             print(
                 f"{depth} layers: least {[stack.layer_ids[i] for i in order]} at {mean[order].round(3)} nats; "

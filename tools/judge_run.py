@@ -29,8 +29,7 @@ def texts(session: PruningSession, folder: Path, tokens: int) -> dict:
     source, block, tokenizer = session.config.text, session.config.block, session.tokenizer
     names = dict.fromkeys([source, *source.split("+")])
     found = {
-        f"eval split of {name}": load_text(name, tokenizer, block=block, tokens=tokens, split="eval")
-        for name in names
+        f"eval split of {name}": load_text(name, tokenizer, block=block, tokens=tokens, split="eval") for name in names
     }
     wiki = unspaced((folder / "wikitext2-valid.txt").read_text(encoding="utf-8"))
     wiki = wiki[len(wiki) // 2 :]  # nothing was chosen on the second half

@@ -59,11 +59,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=8)
     args = parser.parse_args()
     loaded = load_model("smollm2-135m")
-    suites = [
-        load_suite(args.suite),
-        held_out(args.heldout, args.examples, args.passages),
-        load_suite("canaries@20"),
-    ]
+    suites = [load_suite(args.suite), held_out(args.heldout, args.examples, args.passages), load_suite("canaries@20")]
     cache, table, teacher = args.runs / "suites", [], None
 
     def judge(label: str, stack) -> None:
@@ -73,11 +69,18 @@ def main() -> None:
         loss, corrected = (quality_loss(found[0], teacher[0], corrected=form) for form in (False, True))
         scores = {name: task.score for result in found for name, task in result.tasks.items()}
         table.append(
-            {"student": label, "layers": len(stack), "aggregate": str(found[0].interval()),
-             "loss": str(loss), "loss corrected": str(corrected), "mean": found[0].aggregate, **scores,
-             "arc interval": str(found[1].tasks["arc_easy"].interval()),
-             "wikitext interval": str(found[1].tasks["wikitext2"].interval())}
-        )  # fmt: skip
+            {
+                "student": label,
+                "layers": len(stack),
+                "aggregate": str(found[0].interval()),
+                "loss": str(loss),
+                "loss corrected": str(corrected),
+                "mean": found[0].aggregate,
+                **scores,
+                "arc interval": str(found[1].tasks["arc_easy"].interval()),
+                "wikitext interval": str(found[1].tasks["wikitext2"].interval()),
+            }
+        )
         print(json.dumps(table[-1]), flush=True)
 
     for label, name in RUNS.items():

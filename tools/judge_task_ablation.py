@@ -58,15 +58,11 @@ def separate(student: LayerStack, tokenizer, suite, layers, found: dict[int, tup
 
 def main() -> None:
     """Run the full ablation once and print what is asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="mini7@24")
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--remove", type=int, nargs="*", default=[], help="layers removed beforehand")
-    parser.add_argument(
-        "--separate", type=int, metavar="N", help="evaluate every Nth pruned model on its own"
-    )
+    parser.add_argument("--separate", type=int, metavar="N", help="evaluate every Nth pruned model on its own")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     loaded = load_model("smollm2-135m", dtype=args.dtype)
@@ -93,9 +89,7 @@ def main() -> None:
     found = [replay(jobs[0], seed) for seed in range(args.seeds)]
     best = scores.table["score"].min()
     regret = np.array([scores.table["score"][layer] - best for layer, _ in found])
-    print(
-        f"suite {args.suite}, {args.seeds} orders: work {np.mean([w for _, w in found]):.3f} of the sweep's"
-    )
+    print(f"suite {args.suite}, {args.seeds} orders: work {np.mean([w for _, w in found]):.3f} of the sweep's")
     print(
         f"aggregate lost beyond the best layer's: mean {regret.mean():.4f}, 90% {np.quantile(regret, 0.9):.4f}, "
         f"worst {regret.max():.4f}; within 0.01: {(regret <= 0.01).mean():.0%}, 0.02: {(regret <= 0.02).mean():.0%}"
@@ -103,10 +97,7 @@ def main() -> None:
     print(pd.Series([layer for layer, _ in found]).value_counts().to_string(), flush=True)
     if args.separate:
         raced, race = clock(measure, student, None, "task", race=True, **ask)
-        print(
-            f"race: {raced:.0f} s; least important {race.least_important}; {race.details['stopped']}",
-            flush=True,
-        )
+        print(f"race: {raced:.0f} s; least important {race.least_important}; {race.details['stopped']}", flush=True)
         separate(student, loaded.tokenizer, ask["suite"], chosen[1::2], alone)
         whole = score_suite(student, loaded.tokenizer, ask["suite"], show=False).aggregate
         apart = max(abs(scores.table["score"][i] - (whole - found)) for i, (_, found) in alone.items())

@@ -57,9 +57,7 @@ def balance(items: list[tuple[str, str, list[str]]], k: int, rng: random.Random)
     chosen = [0] * len(items)
     for _ in range(20):
         for index, table in enumerate(options):
-            rest = [
-                sum(options[i][chosen[i]][1][r] for i in range(len(items)) if i != index) for r in range(k)
-            ]
+            rest = [sum(options[i][chosen[i]][1][r] for i in range(len(items)) if i != index) for r in range(k)]
             chosen[index] = min(
                 range(len(table)),
                 key=lambda c, table=table, rest=rest: sum(
@@ -161,10 +159,7 @@ def copy_row(text: str, shown: int, copied: int, marker: str = "Copy:") -> dict:
     if len(parts) < shown + copied:
         raise ValueError(f"only {len(parts)} words to copy: {text!r}")
     head = " ".join(parts[:shown])
-    return {
-        "context": f"{text}\n\n{marker}\n{head}",
-        "continuation": " ".join(parts[shown : shown + copied]),
-    }
+    return {"context": f"{text}\n\n{marker}\n{head}", "continuation": " ".join(parts[shown : shown + copied])}
 
 
 def make_copy_paragraph(rng: random.Random, n: int = 130) -> list[dict]:

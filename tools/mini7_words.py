@@ -23,10 +23,22 @@ MONTHS = "January February March April May June July August September October No
 # -- grammar: each maker returns one (good, bad) pair that differs in one or two words -------------------
 
 NOUNS = [
-    ("dog", "dogs"), ("chair", "chairs"), ("picture", "pictures"), ("farmer", "farmers"), ("window", "windows"),
-    ("child", "children"), ("key", "keys"), ("woman", "women"), ("letter", "letters"), ("neighbour", "neighbours"),
-    ("shop", "shops"), ("house", "houses"), ("box", "boxes"), ("teacher", "teachers"), ("mouse", "mice"),
-]  # fmt: skip
+    ("dog", "dogs"),
+    ("chair", "chairs"),
+    ("picture", "pictures"),
+    ("farmer", "farmers"),
+    ("window", "windows"),
+    ("child", "children"),
+    ("key", "keys"),
+    ("woman", "women"),
+    ("letter", "letters"),
+    ("neighbour", "neighbours"),
+    ("shop", "shops"),
+    ("house", "houses"),
+    ("box", "boxes"),
+    ("teacher", "teachers"),
+    ("mouse", "mice"),
+]
 
 
 def _pick(rng: random.Random, items: list) -> tuple:
@@ -47,8 +59,19 @@ def subject_verb(rng: random.Random) -> tuple[str, str]:
 
 def verb_ending(rng: random.Random) -> tuple[str, str]:
     """The third-person ending of a full verb."""
-    subject, plural = _pick(rng, [("My sister", 0), ("My sisters", 1), ("Her uncle", 0), ("Her uncles", 1),
-                                  ("The boy", 0), ("The boys", 1), ("Our cat", 0), ("Our cats", 1)])  # fmt: skip
+    subject, plural = _pick(
+        rng,
+        [
+            ("My sister", 0),
+            ("My sisters", 1),
+            ("Her uncle", 0),
+            ("Her uncles", 1),
+            ("The boy", 0),
+            ("The boys", 1),
+            ("Our cat", 0),
+            ("Our cats", 1),
+        ],
+    )
     often = rng.choice(["often", "always", "never", "usually"])
     verb = rng.choice(["sleep", "play", "wait", "eat", "sit"])
     end = rng.choice(["in the garden", "behind the house", "in the kitchen", "at the window"])
@@ -61,9 +84,7 @@ def determiner(rng: random.Random) -> tuple[str, str]:
     noun = _pick(rng, NOUNS)
     plural = rng.randrange(2)
     pair = rng.choice([("this", "these"), ("that", "those")])
-    start = rng.choice(
-        ["I would like to paint", "She took a photo of", "We talked about", "They could not find"]
-    )
+    start = rng.choice(["I would like to paint", "She took a photo of", "We talked about", "They could not find"])
     return f"{start} {pair[plural]} {noun[plural]}.", f"{start} {pair[1 - plural]} {noun[plural]}."
 
 
@@ -78,12 +99,25 @@ def number_noun(rng: random.Random) -> tuple[str, str]:
 
 def reflexive(rng: random.Random) -> tuple[str, str]:
     """A reflexive pronoun that agrees with its subject."""
-    subject, good = _pick(rng, [
-        ("The king", "himself"), ("The queen", "herself"), ("My father", "himself"), ("My mother", "herself"),
-        ("His uncle", "himself"), ("The actress", "herself"), ("The old man", "himself"), ("Her aunt", "herself"),
-        ("The boys", "themselves"), ("The two women", "themselves"), ("The cats", "themselves"), ("I", "myself"),
-        ("We", "ourselves"), ("The men", "themselves"),
-    ])  # fmt: skip
+    subject, good = _pick(
+        rng,
+        [
+            ("The king", "himself"),
+            ("The queen", "herself"),
+            ("My father", "himself"),
+            ("My mother", "herself"),
+            ("His uncle", "himself"),
+            ("The actress", "herself"),
+            ("The old man", "himself"),
+            ("Her aunt", "herself"),
+            ("The boys", "themselves"),
+            ("The two women", "themselves"),
+            ("The cats", "themselves"),
+            ("I", "myself"),
+            ("We", "ourselves"),
+            ("The men", "themselves"),
+        ],
+    )
     bad = rng.choice([word for word in ("himself", "herself", "themselves", "myself") if word != good])
     rest = rng.choice([("saw", "in the mirror"), ("hurt", "with a knife"), ("washed", "in the river")])
     return f"{subject} {rest[0]} {good} {rest[1]}.", f"{subject} {rest[0]} {bad} {rest[1]}."
@@ -92,8 +126,19 @@ def reflexive(rng: random.Random) -> tuple[str, str]:
 def tense(rng: random.Random) -> tuple[str, str]:
     """A verb form that fits the time of the sentence."""
     who = rng.choice(["we", "they", "Anna and Ben", "my parents", "the pupils"])
-    past, base = _pick(rng, [("bought", "buy"), ("visited", "visit"), ("painted", "paint"), ("found", "find"),
-                             ("sold", "sell"), ("saw", "see"), ("drew", "draw"), ("built", "build")])  # fmt: skip
+    past, base = _pick(
+        rng,
+        [
+            ("bought", "buy"),
+            ("visited", "visit"),
+            ("painted", "paint"),
+            ("found", "find"),
+            ("sold", "sell"),
+            ("saw", "see"),
+            ("drew", "draw"),
+            ("built", "build"),
+        ],
+    )
     what = rng.choice(["a house", "a boat", "an old castle", "a small shop"])
     if rng.randrange(2):
         when = rng.choice(["Yesterday", "Last week", "Two years ago", "Last summer"])
@@ -104,12 +149,22 @@ def tense(rng: random.Random) -> tuple[str, str]:
 
 def participle(rng: random.Random) -> tuple[str, str]:
     """The past participle after have, and the simple past without it."""
-    part, past, rest = _pick(rng, [
-        ("eaten", "ate", "the whole cake"), ("gone", "went", "to the market"), ("written", "wrote", "a long letter"),
-        ("seen", "saw", "the new film"), ("taken", "took", "the wrong bus"), ("broken", "broke", "the blue plate"),
-        ("given", "gave", "the dog a bone"), ("drunk", "drank", "all the milk"),
-        ("sung", "sang", "a sad song"), ("begun", "began", "a new book"), ("known", "knew", "the answer"),
-    ])  # fmt: skip
+    part, past, rest = _pick(
+        rng,
+        [
+            ("eaten", "ate", "the whole cake"),
+            ("gone", "went", "to the market"),
+            ("written", "wrote", "a long letter"),
+            ("seen", "saw", "the new film"),
+            ("taken", "took", "the wrong bus"),
+            ("broken", "broke", "the blue plate"),
+            ("given", "gave", "the dog a bone"),
+            ("drunk", "drank", "all the milk"),
+            ("sung", "sang", "a sad song"),
+            ("begun", "began", "a new book"),
+            ("known", "knew", "the answer"),
+        ],
+    )
     who = rng.choice(["she", "he", "my brother", "the girl"])
     if rng.randrange(2):
         return f"This time {who} has {part} {rest}.", f"This time {who} has {past} {rest}."
@@ -120,14 +175,16 @@ def word_order(rng: random.Random) -> tuple[str, str]:
     """Words in a possible and in an impossible order."""
     name, thing = rng.choice(NAMES), rng.choice(["car", "house", "ball", "coat", "bag", "boat"])
     colour, place = rng.choice(COLOURS[:8]), rng.choice(["London", "town", "the village", "Rome"])
-    return rng.choice([
-        (f"{name} has a {colour} {thing} in {place}.", f"{name} has a {thing} {colour} in {place}."),
-        (f"Where did {name} buy the {thing}?", f"Where {name} did buy the {thing}?"),
-        (f"{name} does not like the {thing}.", f"{name} does like not the {thing}."),
-        (f"{name} gave me the {colour} {thing}.", f"{name} me gave the {colour} {thing}."),
-        (f"{name} is too tired to walk to {place}.", f"{name} is tired too to walk to {place}."),
-        (f"The {thing} that {name} bought is {colour}.", f"The {thing} {name} that bought is {colour}."),
-    ])  # fmt: skip
+    return rng.choice(
+        [
+            (f"{name} has a {colour} {thing} in {place}.", f"{name} has a {thing} {colour} in {place}."),
+            (f"Where did {name} buy the {thing}?", f"Where {name} did buy the {thing}?"),
+            (f"{name} does not like the {thing}.", f"{name} does like not the {thing}."),
+            (f"{name} gave me the {colour} {thing}.", f"{name} me gave the {colour} {thing}."),
+            (f"{name} is too tired to walk to {place}.", f"{name} is tired too to walk to {place}."),
+            (f"The {thing} that {name} bought is {colour}.", f"The {thing} {name} that bought is {colour}."),
+        ]
+    )
 
 
 def article(rng: random.Random) -> tuple[str, str]:
@@ -136,9 +193,7 @@ def article(rng: random.Random) -> tuple[str, str]:
     vowel = ["apple", "egg", "orange", "umbrella", "old coat", "empty box", "onion", "iron bar", "open door"]
     consonant = ["book", "cat", "lemon", "green coat", "big box", "table", "wooden bar", "red door", "pear"]
     noun = rng.choice(vowel if good == "an" else consonant)
-    start = rng.choice(
-        ["In the kitchen there was", "She looked at", "He dreamed of", "They were talking about"]
-    )
+    start = rng.choice(["In the kitchen there was", "She looked at", "He dreamed of", "They were talking about"])
     return f"{start} {good} {noun}.", f"{start} {bad} {noun}."
 
 
@@ -146,8 +201,9 @@ def pronoun(rng: random.Random) -> tuple[str, str]:
     """Subject and object forms of pronouns."""
     subject, obj = _pick(rng, [("he", "him"), ("she", "her"), ("they", "them"), ("we", "us"), ("I", "me")])
     if rng.randrange(2):
-        start = rng.choice(["The teacher gave the book to", "Nobody was waiting for", "The dog ran after",
-                            "My aunt wrote a card to"])  # fmt: skip
+        start = rng.choice(
+            ["The teacher gave the book to", "Nobody was waiting for", "The dog ran after", "My aunt wrote a card to"]
+        )
         return f"{start} {obj}.", f"{start} {subject}."
     end = rng.choice(["went home early", "opened the window", "could not sleep", "wanted to dance"])
     start = rng.choice(["After dinner", "In the evening", "Then"])
@@ -157,8 +213,9 @@ def pronoun(rng: random.Random) -> tuple[str, str]:
 def comparison(rng: random.Random) -> tuple[str, str]:
     """Comparatives with -er and with more."""
     first, second = rng.sample(NAMES, 2)
-    word, form = _pick(rng, [("tall", "taller"), ("old", "older"), ("fast", "faster"), ("young", "younger"),
-                             ("strong", "stronger")])  # fmt: skip
+    word, form = _pick(
+        rng, [("tall", "taller"), ("old", "older"), ("fast", "faster"), ("young", "younger"), ("strong", "stronger")]
+    )
     long = rng.choice(["beautiful", "careful", "famous", "intelligent", "patient"])
     if rng.randrange(2):
         return f"{first} is {form} than {second}.", f"{first} is more {form} than {second}."
@@ -168,18 +225,41 @@ def comparison(rng: random.Random) -> tuple[str, str]:
 def helper_verb(rng: random.Random) -> tuple[str, str]:
     """The form of a verb after do, can, to and prepositions."""
     name = rng.choice(NAMES)
-    verb, form = _pick(rng, [("sing", "singing"), ("swim", "swimming"), ("cook", "cooking"), ("read", "reading"),
-                             ("dance", "dancing"), ("draw", "drawing")])  # fmt: skip
-    return rng.choice([
-        (f"{name} does not want to {verb} today.", f"{name} does not want to {form} today."),
-        (f"{name} cannot {verb} very well.", f"{name} cannot {form} very well."),
-        (f"{name} is very good at {form}.", f"{name} is very good at {verb}."),
-        (f"{name} never stops {form} in the evening.", f"{name} never stops {verb} in the evening."),
-    ])  # fmt: skip
+    verb, form = _pick(
+        rng,
+        [
+            ("sing", "singing"),
+            ("swim", "swimming"),
+            ("cook", "cooking"),
+            ("read", "reading"),
+            ("dance", "dancing"),
+            ("draw", "drawing"),
+        ],
+    )
+    return rng.choice(
+        [
+            (f"{name} does not want to {verb} today.", f"{name} does not want to {form} today."),
+            (f"{name} cannot {verb} very well.", f"{name} cannot {form} very well."),
+            (f"{name} is very good at {form}.", f"{name} is very good at {verb}."),
+            (f"{name} never stops {form} in the evening.", f"{name} never stops {verb} in the evening."),
+        ]
+    )
 
 
-GRAMMAR = [subject_verb, verb_ending, determiner, number_noun, reflexive, tense, participle, word_order, article,
-           pronoun, comparison, helper_verb]  # fmt: skip
+GRAMMAR = [
+    subject_verb,
+    verb_ending,
+    determiner,
+    number_noun,
+    reflexive,
+    tense,
+    participle,
+    word_order,
+    article,
+    pronoun,
+    comparison,
+    helper_verb,
+]
 
 # -- copying: words that nothing but the text above them predicts -----------------------------------------
 
@@ -208,16 +288,19 @@ def odd_sentences(rng: random.Random) -> str:
 def journeys(rng: random.Random) -> str:
     """Who goes where on which day."""
     names, cities = rng.sample(NAMES, 5), rng.sample(CITIES, 5)
-    return " ".join(f"{n} the {rng.choice(JOBS)} goes to {c} on {rng.choice(DAYS)}."
-                    for n, c in zip(names, cities, strict=True))  # fmt: skip
+    return " ".join(
+        f"{n} the {rng.choice(JOBS)} goes to {c} on {rng.choice(DAYS)}." for n, c in zip(names, cities, strict=True)
+    )
 
 
 def stock(rng: random.Random) -> str:
     """How many of what, where."""
     things = rng.sample(THINGS, 7)
-    return "In the shop we counted " + ", ".join(
-        f"{rng.choice(NUMBERS)} {rng.choice(ADJECTIVES)} {rng.choice(COLOURS)} {t}s" for t in things
-    ) + "."  # fmt: skip
+    return (
+        "In the shop we counted "
+        + ", ".join(f"{rng.choice(NUMBERS)} {rng.choice(ADJECTIVES)} {rng.choice(COLOURS)} {t}s" for t in things)
+        + "."
+    )
 
 
 def word_list(rng: random.Random) -> str:
@@ -266,12 +349,8 @@ def diary(rng: random.Random) -> str:
     return "Birthdays to remember\n" + "\n".join(
         f"{m}: {n} wants a {rng.choice(COLOURS)} {t} from {c}"
         for m, n, t, c in zip(
-            rng.sample(MONTHS, 8),
-            rng.sample(NAMES, 8),
-            rng.sample(THINGS, 8),
-            rng.sample(CITIES, 8),
-            strict=True,
-        )  # fmt: skip
+            rng.sample(MONTHS, 8), rng.sample(NAMES, 8), rng.sample(THINGS, 8), rng.sample(CITIES, 8), strict=True
+        )
     )
 
 

@@ -140,9 +140,7 @@ class DistillConfig:
         if isinstance(self.hidden_at, str):
             _choice("hidden_at", self.hidden_at, ("last_trainable+last", "last", "all"))
         if self.kl_weight == self.hidden_weight == self.ce_weight == 0:
-            raise DistillError(
-                "kl_weight, hidden_weight and ce_weight are all 0: there is nothing to learn from."
-            )
+            raise DistillError("kl_weight, hidden_weight and ce_weight are all 0: there is nothing to learn from.")
         for name in ("kl_weight", "hidden_weight", "ce_weight", "weight_decay", "bottom_bytes"):
             if not getattr(self, name) >= 0:
                 raise DistillError(f"{name}={getattr(self, name)}: it cannot be negative.")
@@ -240,23 +238,17 @@ def resolve_scope(scope: str | Sequence[int], student: LayerStack, gap: int | Se
     gaps = sorted({gap} if isinstance(gap, int) else set(gap))
     still = [g for g in gaps if g in ids]
     if still:
-        raise DistillError(
-            f"Layer {still[0]} is named as a gap, but it is still in the student: remove it first."
-        )
+        raise DistillError(f"Layer {still[0]} is named as a gap, but it is still in the student: remove it first.")
     if not isinstance(scope, str):
         missing = [i for i in scope if i not in ids]
         if missing or not scope:
-            raise DistillError(
-                f"scope={list(scope)}: layers {missing or 'none'} cannot train; the student has {ids}."
-            )
+            raise DistillError(f"scope={list(scope)}: layers {missing or 'none'} cannot train; the student has {ids}.")
         return sorted(set(scope), key=ids.index)
     if scope == "all":
         return ids
     name, reach = _parsed(scope)
     if not gaps:
-        raise DistillError(
-            f"scope={scope!r} needs to know which layer was removed (gap): give it, or scope='all'."
-        )
+        raise DistillError(f"scope={scope!r} needs to know which layer was removed (gap): give it, or scope='all'.")
     chosen: set[int] = set()
     # Earlier gaps go on healing: every later removal changes what the layers above them should do.
     lowest = min({*gaps, *range(ids[-1])} - set(ids))
@@ -375,6 +367,4 @@ class DistillResult:
             return f"<code>{self!r}</code>"
         ends = self.history.iloc[[0, -1]]
         shown = [c for c in ("step", "loss", "kl", "hidden", "agreement", "learning_rate") if c in ends]
-        return f"<p>{self!r}</p>" + ends[shown].to_html(
-            index=False, float_format=lambda x: f"{x:.4g}", border=0
-        )
+        return f"<p>{self!r}</p>" + ends[shown].to_html(index=False, float_format=lambda x: f"{x:.4g}", border=0)

@@ -55,9 +55,7 @@ def fused_divergence(
         Without gradient: the unweighted sums, over tokens whose weight is not 0, of the divergence and of
         the cross entropy, in nats; and how many top tokens agree with the teacher's.
     """
-    return _FusedHead.apply(
-        hidden, teacher_hidden, weights, labels, label_weights, student, teacher, spec, chunk
-    )
+    return _FusedHead.apply(hidden, teacher_hidden, weights, labels, label_weights, student, teacher, spec, chunk)
 
 
 class _FusedHead(torch.autograd.Function):

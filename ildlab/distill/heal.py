@@ -143,10 +143,7 @@ def heal_steps(
         moments = _moments(x, y, target, moments)
     yield Progress(1, total, "fitted")
 
-    held = [
-        _states(student, teacher, ids[rows].long(), position, linear, depth)
-        for rows in choose.split(batch_size)
-    ]
+    held = [_states(student, teacher, ids[rows].long(), position, linear, depth) for rows in choose.split(batch_size)]
     ridge = min(_RIDGES, key=lambda r: sum(_error(_solve(moments, r), *states) for states in held))
     fitted = _solve(moments, ridge)
     eye = torch.eye(len(fitted), dtype=fitted.dtype, device=fitted.device)
@@ -154,18 +151,14 @@ def heal_steps(
     yield Progress(2, total, f"ridge {ridge:g}")
     kl = dict.fromkeys(maps, 0.0)
     for rows in choose.split(batch_size):
-        for shrink, value in _kl(
-            student, teacher, ids[rows].long(), position, linear, depth, maps, positions
-        ).items():
+        for shrink, value in _kl(student, teacher, ids[rows].long(), position, linear, depth, maps, positions).items():
             kl[shrink] += value
     shrink = min(kl, key=kl.get)
     yield Progress(3, total, f"shrinkage {shrink:g}")
     tried = {"none": eye, "map": maps[shrink]}
     sums, tokens = {"none": 0.0, "map": 0.0}, 0
     for rows in decide.split(batch_size):
-        for name, value in _kl(
-            student, teacher, ids[rows].long(), position, linear, depth, tried, positions
-        ).items():
+        for name, value in _kl(student, teacher, ids[rows].long(), position, linear, depth, tried, positions).items():
             sums[name] += value
         tokens += len(rows) * min(positions or ids.shape[1], ids.shape[1])
     before, after = sums["none"] / tokens, sums["map"] / tokens
@@ -174,9 +167,7 @@ def heal_steps(
         student.own([below])
         _fold(student.layers[position].get_submodule(linear), maps[shrink])
     yield Progress(4, total, f"KL {before:.4f} -> {after:.4f}")
-    note = (
-        "" if kept else "The map did not lower the KL on text that it was not fitted on, so it was dropped."
-    )
+    note = "" if kept else "The map did not lower the KL on text that it was not fitted on, so it was dropped."
     return HealResult(kept, before, after, below, ridge, shrink, note)
 
 
@@ -220,20 +211,14 @@ def _projection(student: LayerStack, position: int, ids: Tensor) -> str | None:
         scaled = student.run(position, hidden, trunk)
     finally:
         hook.remove()
-    return (
-        name
-        if torch.allclose(scaled - plain, 0.5 * out, rtol=1e-2, atol=1e-2 * float(out.abs().mean()))
-        else None
-    )
+    return name if torch.allclose(scaled - plain, 0.5 * out, rtol=1e-2, atol=1e-2 * float(out.abs().mean())) else None
 
 
 @torch.no_grad()
 def _states(student, teacher, ids, position, linear, depth) -> tuple[Tensor, Tensor, Tensor]:
     """Stream x, projection output y and target, each [tokens, d] in fp32, and nothing of the layers above."""
     seen: list[Tensor] = []
-    hook = (
-        student.layers[position].get_submodule(linear).register_forward_hook(lambda m, a, o: seen.append(o))
-    )
+    hook = student.layers[position].get_submodule(linear).register_forward_hook(lambda m, a, o: seen.append(o))
     try:
         trunk = student.trunk(ids)
         hidden = trunk.h0
@@ -271,9 +256,7 @@ def _error(mapping: Tensor, x: Tensor, y: Tensor, target: Tensor) -> float:
 
 
 @torch.no_grad()
-def _kl(
-    student, teacher, ids, position, linear, depth, maps: dict, positions: int | None
-) -> dict[Any, float]:
+def _kl(student, teacher, ids, position, linear, depth, maps: dict, positions: int | None) -> dict[Any, float]:
     """Sum of the teacher KL, in nats, with each map in place; the layers below run once."""
     trunk, at = student.trunk(ids), None
     if positions is not None and positions < ids.shape[1]:

@@ -193,11 +193,7 @@ def run(values: dict[str, Any]) -> None:
             text_column=values.get("text_column"),
         )
     teacher = LayerStack(loaded.model)
-    student = (
-        LayerStack(load_model(values["student"], **options).model)
-        if values.get("student")
-        else teacher.share()
-    )
+    student = LayerStack(load_model(values["student"], **options).model) if values.get("student") else teacher.share()
     for layer_id in values.get("removed", []):
         student.remove(layer_id)
     work = distill_steps(

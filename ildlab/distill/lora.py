@@ -33,9 +33,7 @@ def add_lora(layer: nn.Module, rank: int, seed: int = 0) -> None:
 
     names = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
     if not names:
-        raise DistillError(
-            f"{type(layer).__name__} holds no nn.Linear: lora_rank cannot be used with this model."
-        )
+        raise DistillError(f"{type(layer).__name__} holds no nn.Linear: lora_rank cannot be used with this model.")
     # lora_alpha = 2 rank is the usual scaling of 2, whatever the rank.
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names)
     with torch.random.fork_rng(devices=[]):

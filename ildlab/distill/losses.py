@@ -44,9 +44,7 @@ class Divergence:
 
     def __post_init__(self):
         if self.kind not in DIVERGENCES:
-            raise DistillError(
-                f"There is no divergence {self.kind!r}; choose one of {', '.join(DIVERGENCES)}."
-            )
+            raise DistillError(f"There is no divergence {self.kind!r}; choose one of {', '.join(DIVERGENCES)}.")
         if not self.temperature > 0:
             raise DistillError(f"temperature={self.temperature}: it must be above 0.")
         if not 0 < self.beta < 1:

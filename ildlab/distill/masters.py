@@ -55,9 +55,7 @@ class Masters:
                     self.params.append(param)
         if not self.params:
             raise DistillError(f"Layers {list(trained)} hold no weights that can train.")
-        self.tensors = [
-            p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in self.params
-        ]
+        self.tensors = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in self.params]
         self.compiled = config.compile
         if self.compiled:
             for layer in self.layers.values():
@@ -106,9 +104,7 @@ class Masters:
             master.copy_(value)
         self.push()
 
-    def restore(
-        self, optimizer: torch.optim.Optimizer, resumed: dict[str, Any]
-    ) -> tuple[int, list[dict], float]:
+    def restore(self, optimizer: torch.optim.Optimizer, resumed: dict[str, Any]) -> tuple[int, list[dict], float]:
         """Take up a checkpoint: weights, optimizer state; returns step, history and seconds so far."""
         tensors = resumed["tensors"]
         self.write([tensors[f"weight/{n}"] for n in self.names])
@@ -167,9 +163,7 @@ def decisive(config: DistillConfig) -> dict[str, Any]:
 
 def identity(config: DistillConfig, trained, gap, layer_ids, text: str, weights: str) -> str:
     """A name for one distillation: equal only where a checkpoint of one may be carried on by the other."""
-    whole = json.dumps(
-        [decisive(config), list(trained), list(gap), list(layer_ids), text, weights], sort_keys=True
-    )
+    whole = json.dumps([decisive(config), list(trained), list(gap), list(layer_ids), text, weights], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()
 
 
@@ -228,9 +222,7 @@ def load_checkpoint(path, name: str) -> dict[str, Any] | None:
                 )
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
-        raise DistillError(
-            f"{path} cannot be read as a checkpoint ({error}). Delete it to start anew."
-        ) from error
+        raise DistillError(f"{path} cannot be read as a checkpoint ({error}). Delete it to start anew.") from error
     return {
         "tensors": tensors,
         "step": int(told["step"]),
@@ -242,9 +234,7 @@ def load_checkpoint(path, name: str) -> dict[str, Any] | None:
 # ------------------------------------------------------------------- memory
 
 
-def memory_parts(
-    student, teacher, masters: Masters, optimizer, config: DistillConfig, block: int
-) -> dict[str, int]:
+def memory_parts(student, teacher, masters: Masters, optimizer, config: DistillConfig, block: int) -> dict[str, int]:
     """Bytes of a step's parts; `logits` is what a chunk of the divergence holds, estimated."""
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
@@ -253,15 +243,10 @@ def memory_parts(
     }
     size = sum(t.numel() * t.element_size() for t in masters.tensors)
     apart = sum(
-        t.numel() * t.element_size()
-        for t, p in zip(masters.tensors, masters.params, strict=True)
-        if t is not p
+        t.numel() * t.element_size() for t, p in zip(masters.tensors, masters.params, strict=True) if t is not p
     )
     state = sum(
-        v.numel() * v.element_size()
-        for s in optimizer.state.values()
-        for v in s.values()
-        if torch.is_tensor(v)
+        v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)
     )
     vocabulary = student.model.get_input_embeddings().weight.shape[0]
     held = min(config.kl_positions or block, block) * (config.micro_batch or config.batch_size)

@@ -62,9 +62,7 @@ class TeacherCache:
             Fingerprint of the blocks.
         """
         if self.manifest["teacher"] != weights_hash(teacher):
-            raise DistillError(
-                f"The cache in {self.folder} is of another teacher: delete it and build it anew."
-            )
+            raise DistillError(f"The cache in {self.folder} is of another teacher: delete it and build it anew.")
         if self.manifest["text"] != text:
             raise DistillError(f"The cache in {self.folder} is of another text: delete it and build it anew.")
 
@@ -81,9 +79,7 @@ class TeacherCache:
         from safetensors import safe_open
 
         if number not in self._open:
-            self._open[number] = safe_open(
-                self.folder / f"{number:05d}.safetensors", framework="pt"
-            ).__enter__()
+            self._open[number] = safe_open(self.folder / f"{number:05d}.safetensors", framework="pt").__enter__()
         return self._open[number]
 
     def delete(self) -> None:
@@ -159,9 +155,7 @@ def build_steps(
         parts: dict[int, list[Tensor]] = {d: [] for d in kept}
         for low in range(start, min(start + _ROWS, rows), batch_size):
             with torch.no_grad():
-                for depth, hidden in enumerate(
-                    teacher.walk(ids[low : min(low + batch_size, start + _ROWS)].long())
-                ):
+                for depth, hidden in enumerate(teacher.walk(ids[low : min(low + batch_size, start + _ROWS)].long())):
                     if depth in parts:
                         parts[depth].append(hidden.to("cpu", dtype))
             yield Progress(min(low + batch_size, rows), rows, "teacher's hidden states")

@@ -112,9 +112,7 @@ def distill_steps(
     _check_pair(student, teacher)
     trained = resolve_scope(config.scope, student, gaps)
     points = match_points(config, student, trained)
-    elsewhere = [
-        i for i in trained if any(p.is_meta for p in student.layers[student.position(i)].parameters())
-    ]
+    elsewhere = [i for i in trained if any(p.is_meta for p in student.layers[student.position(i)].parameters())]
     if elsewhere:
         raise DistillError(
             f"The weights of layers {elsewhere} are offloaded (device_map): they can be measured, but not trained. Load the "
@@ -188,9 +186,7 @@ def distill_steps(
                 known = cache.get(index[part]) if cache is not None else None
                 where = positions[part] if positions is not None else None
                 # DDP averages over processes, while the loss is divided by the global count: hence `world`.
-                quiet = (
-                    contextlib.nullcontext() if number == len(parts) - 1 else accelerator.no_sync(step_module)
-                )
+                quiet = contextlib.nullcontext() if number == len(parts) - 1 else accelerator.no_sync(step_module)
                 measured = (
                     _ActivationMeter(memory, (student, teacher))
                     if step == start and not number
@@ -245,9 +241,7 @@ def distill_steps(
         memory["peak"] = peak_memory(student.device)
         seconds = before + time.perf_counter() - began
         frame = pd.DataFrame(history)
-        return DistillResult(
-            frame, trained, gaps, total * config.batch_size * block, total, seconds, memory, config
-        )
+        return DistillResult(frame, trained, gaps, total * config.batch_size * block, total, seconds, memory, config)
     finally:
         masters.finish()
         student.model.requires_grad_(False)
@@ -268,9 +262,7 @@ def _as_rows(blocks: Any) -> tuple[Tensor, Tensor | None, str]:
     else:
         ids = getattr(blocks, "tokens", blocks)
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0 or ids.shape[1] < 2:
-        raise DistillError(
-            "Training text has to be TextBlocks or an int tensor [N, T] with N >= 1 and T >= 2."
-        )
+        raise DistillError("Training text has to be TextBlocks or an int tensor [N, T] with N >= 1 and T >= 2.")
     known = getattr(blocks, "fingerprint", None)
     return ids, mask, known or fingerprint(ids, mask)
 
@@ -328,10 +320,7 @@ def _generator(*numbers: int) -> torch.Generator:
 def _rows_of(step: int, rows: int, config: DistillConfig) -> Tensor:
     """Rows of a step's global batch: permutations of the text, one after another, cut to batches."""
     wanted = range(step * config.batch_size, (step + 1) * config.batch_size)
-    orders = {
-        e: torch.randperm(rows, generator=_generator(config.seed or 0, e))
-        for e in {i // rows for i in wanted}
-    }
+    orders = {e: torch.randperm(rows, generator=_generator(config.seed or 0, e)) for e in {i // rows for i in wanted}}
     return torch.stack([orders[i // rows][i % rows] for i in wanted])
 
 
@@ -391,9 +380,13 @@ def _not_finite(step: int, values: list[float], points: list[int], config: Disti
     distances = rest[: len(points)]
     if not all(map(math.isfinite, distances)):
         bad = [i for i, d in zip(points, distances, strict=True) if not math.isfinite(d)]
-        cause = f"the hidden states after layers {bad} overflowed: lower learning_rate, or load the model in bf16 or fp32"
+        cause = (
+            f"the hidden states after layers {bad} overflowed: lower learning_rate, or load the model in bf16 or fp32"
+        )
     elif not math.isfinite(kl) or not math.isfinite(ce):
-        cause = "the logits overflowed (logit scaling): lower learning_rate, or load the model in bf16 or fp32, not fp16"
+        cause = (
+            "the logits overflowed (logit scaling): lower learning_rate, or load the model in bf16 or fp32, not fp16"
+        )
     else:
         cause = "only the gradient did: lower learning_rate, set clip, or raise temperature"
     return (

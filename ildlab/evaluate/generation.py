@@ -49,9 +49,7 @@ def greedy_steps(
     """
     room = max_length - max_new_tokens
     if room < 1:
-        raise SuiteError(
-            f"max_new_tokens={max_new_tokens} does not fit the model's window of {max_length} tokens."
-        )
+        raise SuiteError(f"max_new_tokens={max_new_tokens} does not fit the model's window of {max_length} tokens.")
     known = encode_all(tokenizer, [prompt for prompt in prompts if prompt], True)
     ids = [list(known[prompt]) if prompt else [prefix_token(tokenizer)] for prompt in prompts]
     truncated = sum(len(row) > room for row in ids)

@@ -20,9 +20,7 @@ from typing import Any
 from ildlab.errors import SuiteError, first_line
 from ildlab.evaluate.tasks import check_row
 
-PARQUET = (
-    "refs/convert/parquet"  # where the Hub keeps a data set as Parquet, whatever script makes it on main
-)
+PARQUET = "refs/convert/parquet"  # where the Hub keeps a data set as Parquet, whatever script makes it on main
 
 
 def load_rows(spec: dict[str, Any], where: str, hub_root: str | Path | None) -> tuple[list[dict], list[dict]]:
@@ -54,9 +52,7 @@ def load_rows(spec: dict[str, Any], where: str, hub_root: str | Path | None) -> 
         for split, into in ((hub["split"], rows), (hub.get("shots_split"), shots)):
             if split is not None:
                 found = _load(hub, group, split, where, hub_root)
-                into.append(
-                    [_row(spec, raw, group, f"{where}, {split} row {n}") for n, raw in enumerate(found, 1)]
-                )
+                into.append([_row(spec, raw, group, f"{where}, {split} row {n}") for n, raw in enumerate(found, 1)])
     # In turns, so that the first n rows are of all groups.
     return [row for turn in zip_longest(*rows) for row in turn if row is not None], sum(shots, [])
 
@@ -69,9 +65,7 @@ def _load(hub: dict, config: str | None, split: str, where: str, hub_root) -> It
     path = hub["path"]
     if hub_root is not None:
         if not (Path(hub_root) / path).is_dir():
-            raise SuiteError(
-                f"{where}: {path} is not in {hub_root}. Copy the data set there (as owner/name)."
-            )
+            raise SuiteError(f"{where}: {path} is not in {hub_root}. Copy the data set there (as owner/name).")
         path = str(Path(hub_root) / path)
     try:
         if hub.get("revision") == PARQUET:

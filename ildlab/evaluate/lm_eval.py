@@ -32,14 +32,10 @@ try:
     from lm_eval.api.model import LM
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    raise SuiteError(
-        "Suites of lm-eval need it: pip install 'ildlab[eval]' (lm-eval 0.4.13 is tested)."
-    ) from error
+    raise SuiteError("Suites of lm-eval need it: pip install 'ildlab[eval]' (lm-eval 0.4.13 is tested).") from error
 
 # The measure that counts, where a task has several: lm-eval's own leaderboards prefer the normalised one.
-PREFERRED = (
-    "acc_norm", "acc_bytes", "acc", "exact_match", "f1", "rougeL", "chrf", "bits_per_byte",
-)  # fmt: skip
+PREFERRED = ("acc_norm", "acc_bytes", "acc", "exact_match", "f1", "rougeL", "chrf", "bits_per_byte")
 
 
 class StackLM(LM):
@@ -244,17 +240,13 @@ class LmEvalPlan:
         example = 0
         for name, task in tasks.items():
             if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-                raise SuiteError(
-                    f"{name} of lm-eval is a {task.OUTPUT_TYPE} task: it cannot be scored in a sweep."
-                )
+                raise SuiteError(f"{name} of lm-eval is a {task.OUTPUT_TYPE} task: it cannot be scored in a sweep.")
             by_doc: dict[int, list] = {}
             for instance in task.instances:
                 by_doc.setdefault(instance.doc_id, []).append(instance)
             docs.append([])
             for instances in by_doc.values():
-                right = (
-                    task.doc_to_target(instances[0].doc) if task.OUTPUT_TYPE == "multiple_choice" else None
-                )
+                right = task.doc_to_target(instances[0].doc) if task.OUTPUT_TYPE == "multiple_choice" else None
                 places = []
                 for number, instance in enumerate(sorted(instances, key=lambda one: one.idx)):
                     places.append(len(pairs))
@@ -319,9 +311,7 @@ def _task_result(name: str, samples: list[dict], chance: float) -> TaskResult:
         sizes = [float(size) for _, size in values]
         bits = [-ll / size / math.log(2) for ll, size in values]
         return TaskResult(name, "lm-eval", measure, bits, sizes, 8.0, "lower")
-    others = {
-        m: float(np.mean([s[m] for s in samples])) for m in PREFERRED[:4] if m in samples[0] and m != measure
-    }
+    others = {m: float(np.mean([s[m] for s in samples])) for m in PREFERRED[:4] if m in samples[0] and m != measure}
     return TaskResult(name, "lm-eval", measure, [float(v) for v in values], None, chance, others=others)
 
 

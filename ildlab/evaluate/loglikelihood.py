@@ -76,9 +76,7 @@ def prefix_token(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise SuiteError(
-        f"{type(tokenizer).__name__} has neither BOS nor EOS, so an empty context cannot be scored."
-    )
+    raise SuiteError(f"{type(tokenizer).__name__} has neither BOS nor EOS, so an empty context cannot be scored.")
 
 
 def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) -> list[Encoded]:
@@ -91,9 +89,7 @@ def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) ->
     """
     pairs = [_shift_spaces(*pair) for pair in pairs]
     wholes = [context + continuation for context, continuation in pairs]
-    known = encode_all(
-        tokenizer, [c for c, _ in pairs if c] + [w for (c, _), w in zip(pairs, wholes) if c], True
-    )
+    known = encode_all(tokenizer, [c for c, _ in pairs if c] + [w for (c, _), w in zip(pairs, wholes) if c], True)
     bare = encode_all(tokenizer, [w for (c, _), w in zip(pairs, wholes) if not c], False)
     out = []
     for (context, continuation), whole in zip(pairs, wholes):
@@ -114,9 +110,7 @@ def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) ->
     return out
 
 
-def encode_rolling(
-    tokenizer: Any, text: str, max_length: int, *, special_tokens: bool = False
-) -> list[Encoded]:
+def encode_rolling(tokenizer: Any, text: str, max_length: int, *, special_tokens: bool = False) -> list[Encoded]:
     """Cut a text to windows so that every token is scored once.
 
     The first window is conditioned on BOS (or EOS). With `special_tokens` a tokenizer that opens every text
@@ -222,9 +216,7 @@ _RECURRENT = ("linear", "mamba", "conv", "recurrent", "hybrid")
 
 def _tree_limit(config: Any) -> int:
     """Tokens in a tree that no window of the attention reaches around; 0 where layers are recurrent."""
-    kinds = " ".join(
-        map(str, getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ())
-    )
+    kinds = " ".join(map(str, getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()))
     if any(word in kinds for word in _RECURRENT):
         return 0
     limits = [getattr(config, "max_position_embeddings", None)]  # columns: GPT-Neo's own mask has so many

@@ -186,6 +186,10 @@ def _batch(trees: list[_Tree]) -> Batch:
             owner += [len(requests)] * len(tokens)
             requests.append(request)
     return Batch(
-        inputs, torch.tensor(list(heads)), torch.tensor(which), torch.tensor(target), np.array(requests),
+        inputs,
+        torch.tensor(list(heads)),
+        torch.tensor(which),
+        torch.tensor(target),
+        np.array(requests),
         np.array(owner),
-    )  # fmt: skip
+    )

@@ -55,9 +55,7 @@ class Plan:
         found, start = {}, 0
         for task in self.tasks:
             end = start + len(self.owners[task.name])
-            part = Outcomes(
-                outcomes.loglikelihood[start:end], outcomes.matched[start:end], outcomes.length[start:end]
-            )
+            part = Outcomes(outcomes.loglikelihood[start:end], outcomes.matched[start:end], outcomes.length[start:end])
             found[task.name] = measures(task, self.owners[task.name], part)
             start = end
         return found

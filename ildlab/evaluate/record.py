@@ -84,9 +84,7 @@ class Evaluation:
     def quality_loss_estimate(self, *, corrected: bool = False) -> Estimate:
         """Quality loss with its bootstrap interval; `corrected` for chance or as in the paper."""
         if self.suite is None:
-            raise SuiteError(
-                "This evaluation has no suite, and so no quality loss: evaluate with suite='mini7'."
-            )
+            raise SuiteError("This evaluation has no suite, and so no quality loss: evaluate with suite='mini7'.")
         return quality_loss(self.suite, self.teacher_suite, corrected=corrected)
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,17 +116,11 @@ class Evaluation:
             ("parameters", f"{self.parameters / 1e6:,.1f} M", f"{self.teacher_parameters / 1e6:,.1f} M"),
             ("size", f"{self.bytes / 2**20:,.0f} MiB", f"{self.teacher_bytes / 2**20:,.0f} MiB"),
             ("perplexity", f"{self.perplexity:,.3f}", f"{self.teacher_perplexity:,.3f}"),
-            (
-                "KL(teacher ‖ student) per token",
-                f"{self.kl:.4f} [{self.kl_low:.4f}, {self.kl_high:.4f}]",
-                "0",
-            ),
+            ("KL(teacher ‖ student) per token", f"{self.kl:.4f} [{self.kl_low:.4f}, {self.kl_high:.4f}]", "0"),
             ("same top token as the teacher", f"{self.agreement:.1%}", "100%"),
         ]
         if self.tokens_per_second is not None:
-            teacher = (
-                "" if self.teacher_tokens_per_second is None else f"{self.teacher_tokens_per_second:.1f}/s"
-            )
+            teacher = "" if self.teacher_tokens_per_second is None else f"{self.teacher_tokens_per_second:.1f}/s"
             ratio = "" if self.speed_ratio is None else f" ({self.speed_ratio:.2f} ×)"
             rows.append(("tokens generated", f"{self.tokens_per_second:.1f}/s{ratio}", teacher))
         for mine, theirs in ((self.suite, self.teacher_suite), (self.canaries, self.teacher_canaries)):
@@ -139,11 +131,7 @@ class Evaluation:
             for name, task in mine.tasks.items():
                 other = None if theirs is None else theirs.tasks.get(name)
                 rows.append(
-                    (
-                        f"{mine.name}: {name}",
-                        f"{task.score:.3f}",
-                        "" if other is None else f"{other.score:.3f}",
-                    )
+                    (f"{mine.name}: {name}", f"{task.score:.3f}", "" if other is None else f"{other.score:.3f}")
                 )
         for form in (False, True) if self.suite is not None else ():
             found = self.quality_loss_estimate(corrected=form)
@@ -154,9 +142,7 @@ class Evaluation:
     def __str__(self) -> str:
         rows = [("", "student", "teacher"), *self.summary()]
         first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-        return "\n".join(
-            f"{what:<{first}}  {mine:>{second}}  {theirs}".rstrip() for what, mine, theirs in rows
-        )
+        return "\n".join(f"{what:<{first}}  {mine:>{second}}  {theirs}".rstrip() for what, mine, theirs in rows)
 
     def _repr_html_(self) -> str:
         body = "".join(

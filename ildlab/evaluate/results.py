@@ -168,9 +168,14 @@ class SuiteResult:
         for number, (name, task) in enumerate(self.tasks.items()):
             found = task.interval(7919 * number)
             rows[name] = {
-                "measure": task.measure, "score": found.value, "low": found.low, "high": found.high,
-                "chance": task.chance, "corrected": task.corrected, "n": task.n,
-            }  # fmt: skip
+                "measure": task.measure,
+                "score": found.value,
+                "low": found.low,
+                "high": found.high,
+                "chance": task.chance,
+                "corrected": task.corrected,
+                "n": task.n,
+            }
         return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,9 +186,14 @@ class SuiteResult:
             record["values"] = [float(f"{value:.6g}") for value in task.values]
             tasks.append(record)
         return {
-            "name": self.name, "fingerprint": self.fingerprint, "seconds": self.seconds, "notes": self.notes,
-            "aggregate": self.aggregate, "aggregate_corrected": self.aggregate_corrected, "tasks": tasks,
-        }  # fmt: skip
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "seconds": self.seconds,
+            "notes": self.notes,
+            "aggregate": self.aggregate,
+            "aggregate_corrected": self.aggregate_corrected,
+            "tasks": tasks,
+        }
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SuiteResult:
@@ -210,9 +220,7 @@ class SuiteResult:
         )
 
 
-def quality_loss(
-    student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False, seed: int = 0
-) -> Estimate:
+def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False, seed: int = 0) -> Estimate:
     """Share of the teacher's aggregate that the student has lost, 1 - student / teacher.
 
     Parameters

@@ -161,9 +161,16 @@ def _defaults(kind: str, rows: Sequence[dict]) -> dict[str, Any]:
 
 _NUMBER = (int, float)
 _PLAIN = {
-    "metric": str, "normalise": str, "chance": _NUMBER, "direction": str, "weight": _NUMBER, "fewshot": int,
-    "delimiter": str, "separator": str, "max_new_tokens": int,
-}  # fmt: skip
+    "metric": str,
+    "normalise": str,
+    "chance": _NUMBER,
+    "direction": str,
+    "weight": _NUMBER,
+    "fewshot": int,
+    "delimiter": str,
+    "separator": str,
+    "max_new_tokens": int,
+}
 
 
 def _from_yaml(path: Path, hub_root) -> Suite:
@@ -183,17 +190,7 @@ def _from_yaml(path: Path, hub_root) -> Suite:
         if not isinstance(spec, dict) or "name" not in spec or ("file" in spec) == ("hub" in spec):
             raise SuiteError(f"{where}: a task needs `name:` and either `file:` or `hub:`.")
         where = f"{path.name}, task {spec['name']!r}"
-        unknown = spec.keys() - {
-            "name",
-            "kind",
-            "file",
-            "shots_file",
-            "hub",
-            "fields",
-            "limit",
-            "stop",
-            *_PLAIN,
-        }
+        unknown = spec.keys() - {"name", "kind", "file", "shots_file", "hub", "fields", "limit", "stop", *_PLAIN}
         if unknown:
             raise SuiteError(f"{where}: unknown settings {', '.join(sorted(unknown))}.")
         kind = spec.get("kind")
@@ -270,12 +267,7 @@ def suite_steps(
 
 
 def score_suite(
-    stack: LayerStack,
-    tokenizer: Any,
-    suite: Any,
-    *,
-    cache: str | Path | None = None,
-    show: bool | None = None,
+    stack: LayerStack, tokenizer: Any, suite: Any, *, cache: str | Path | None = None, show: bool | None = None
 ) -> SuiteResult:
     """Score a model on a suite; `suite_steps` says what the arguments are."""
     suite = load_suite(suite)
@@ -316,10 +308,17 @@ def task_result(task: Task, values: dict[str, np.ndarray], truncated: int = 0) -
             )
     sizes = weights(task)
     return TaskResult(
-        task.name, task.kind, task.measure, [float(v) for v in values[task.measure]],
-        None if (sizes == 1).all() else sizes.tolist(), task.chance, task.direction, task.weight,
-        {name: float(np.average(v, weights=sizes)) for name, v in values.items() if name != task.measure}, truncated,
-    )  # fmt: skip
+        task.name,
+        task.kind,
+        task.measure,
+        [float(v) for v in values[task.measure]],
+        None if (sizes == 1).all() else sizes.tolist(),
+        task.chance,
+        task.direction,
+        task.weight,
+        {name: float(np.average(v, weights=sizes)) for name, v in values.items() if name != task.measure},
+        truncated,
+    )
 
 
 def _generated(stack, tokenizer, task: Task, length: int):
@@ -327,14 +326,17 @@ def _generated(stack, tokenizer, task: Task, length: int):
 
     prompts = [task.prompt(index, row["context"]) for index, row in enumerate(task.rows)]
     answers, truncated = yield from greedy_steps(
-        stack, tokenizer, prompts, max_new_tokens=task.max_new_tokens, stop=task.stop, max_length=length,
+        stack,
+        tokenizer,
+        prompts,
+        max_new_tokens=task.max_new_tokens,
+        stop=task.stop,
+        max_length=length,
         note=task.name,
-    )  # fmt: skip
+    )
     both = {"chrf": chrf, "rouge_l": rouge_l}
     rows = list(zip(answers, task.rows))
-    return {
-        name: np.array([of(a, row["references"]) for a, row in rows]) for name, of in both.items()
-    }, truncated
+    return {name: np.array([of(a, row["references"]) for a, row in rows]) for name, of in both.items()}, truncated
 
 
 def model_fingerprint(stack: LayerStack, tokenizer: Any) -> str:

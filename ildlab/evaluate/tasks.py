@@ -94,9 +94,7 @@ class Task:
         if self.kind not in KINDS:
             problem = f"kind {self.kind!r} does not exist; choose one of {', '.join(KINDS)}"
         elif self.metric and self.metric not in METRICS[self.kind]:
-            problem = (
-                f"a {self.kind} task has no metric {self.metric!r}, but {' and '.join(METRICS[self.kind])}"
-            )
+            problem = f"a {self.kind} task has no metric {self.metric!r}, but {' and '.join(METRICS[self.kind])}"
         elif self.normalise not in ("raw", "bytes"):
             problem = f"normalise: {self.normalise!r} is neither raw nor bytes"
         elif self.kind == "bits_per_byte" and self.direction != "lower":
@@ -144,15 +142,9 @@ class Task:
     def prompt(self, index: int, context: str) -> str:
         """Put the headline and the few-shot examples of row `index` before its context."""
         row = self.rows[index]
-        others = (
-            shot for shot in self.shots or self.rows if shot != row
-        )  # nor a copy of it: it holds the answer
+        others = (shot for shot in self.shots or self.rows if shot != row)  # nor a copy of it: it holds the answer
         chosen = [shot for shot in others if shot.get("group") == row.get("group")][: self.fewshot]
-        return (
-            row.get("headline", "")
-            + "".join(solved(self, shot) + self.separator for shot in chosen)
-            + context
-        )
+        return row.get("headline", "") + "".join(solved(self, shot) + self.separator for shot in chosen) + context
 
 
 def _text(row: dict) -> str:
@@ -236,9 +228,15 @@ def weights(task: Task) -> np.ndarray:
 # -------------------------------------------------------------------- rows
 
 _SHAPES = {
-    "query": str, "choices": list, "gold": int, "context_options": list, "continuation": str, "context": str,
-    "text": str, "references": list,
-}  # fmt: skip
+    "query": str,
+    "choices": list,
+    "gold": int,
+    "context_options": list,
+    "continuation": str,
+    "context": str,
+    "text": str,
+    "references": list,
+}
 _NEEDS = {
     "multiple_choice": ("query", "choices", "gold"),
     "minimal_pairs": ("query", "choices", "gold"),
@@ -286,13 +284,9 @@ def check_row(kind: str, row: Any, where: str) -> dict:
         needs = ("context_options", "continuation", "gold")
     for name in needs:
         if name not in row:
-            raise SuiteError(
-                f"{where}: the field {name!r} is missing; a {kind} row needs {', '.join(needs)}."
-            )
+            raise SuiteError(f"{where}: the field {name!r} is missing; a {kind} row needs {', '.join(needs)}.")
         if not isinstance(row[name], _SHAPES[name]) or isinstance(row[name], bool):
-            raise SuiteError(
-                f"{where}: {name!r} must be {_SHAPES[name].__name__}, not {type(row[name]).__name__}."
-            )
+            raise SuiteError(f"{where}: {name!r} must be {_SHAPES[name].__name__}, not {type(row[name]).__name__}.")
     for name in ("choices", "context_options", "references"):
         options = row.get(name, []) if name in needs else []
         for number, option in enumerate(options):
@@ -301,9 +295,7 @@ def check_row(kind: str, row: Any, where: str) -> dict:
         if name in needs and len(options) < (1 if name == "references" else 2):
             raise SuiteError(f"{where}: {name!r} has {len(options)} entries, too few.")
         if name in needs and "gold" in needs and not 0 <= row["gold"] < len(options):
-            raise SuiteError(
-                f"{where}: gold is {row['gold']}, but there are {len(options)} {name} (0 is the first)."
-            )
+            raise SuiteError(f"{where}: gold is {row['gold']}, but there are {len(options)} {name} (0 is the first).")
     for name in ("continuation", "text"):
         if name in needs and not row[name].strip():
             raise SuiteError(f"{where}: {name!r} is empty.")

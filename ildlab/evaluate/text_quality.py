@@ -129,9 +129,7 @@ def evaluate_steps(
         if results[f"teacher_{name}"] is None:
             same_model = shared_prefix(student, teacher) == len(student) == len(teacher)
             results[f"teacher_{name}"] = (
-                results[name]
-                if same_model
-                else (yield from suite_steps(teacher, tokenizer, loaded, cache=cache))
+                results[name] if same_model else (yield from suite_steps(teacher, tokenizer, loaded, cache=cache))
             )
     return Evaluation(
         perplexity=math.exp(nll / count),
@@ -154,12 +152,7 @@ def evaluate_steps(
 
 
 def evaluate(
-    student: LayerStack,
-    teacher: LayerStack,
-    blocks: TextBlocks | Tensor,
-    *,
-    show: bool | None = None,
-    **options: Any,
+    student: LayerStack, teacher: LayerStack, blocks: TextBlocks | Tensor, *, show: bool | None = None, **options: Any
 ) -> Evaluation:
     """Evaluate a student against its teacher; `evaluate_steps` says what the options are."""
     return drive(evaluate_steps(student, teacher, blocks, **options), desc="evaluate", show=show)
@@ -236,9 +229,7 @@ def _position_figures(student, teacher, ours, reference, target, r, c) -> Tensor
     return out
 
 
-def _bootstrap_ratio(
-    values: np.ndarray, counts: np.ndarray, seed: int, samples: int = 1000
-) -> tuple[float, float]:
+def _bootstrap_ratio(values: np.ndarray, counts: np.ndarray, seed: int, samples: int = 1000) -> tuple[float, float]:
     """95% interval of sum(values)/sum(counts) over resampled blocks; of few, as wide as Student's t."""
     rng = np.random.default_rng(seed)
     pick = rng.integers(0, len(values), (samples, len(values)))

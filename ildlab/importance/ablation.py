@@ -187,9 +187,7 @@ def token_scores(
 class _Job:
     """One batch of an ablation metric: rows -> [rows, alive scores + whole student + weight + prior]."""
 
-    def __init__(
-        self, student, teacher, rows: Rows, metric: str, places: Positions, batch_size: int, **limits
-    ):
+    def __init__(self, student, teacher, rows: Rows, metric: str, places: Positions, batch_size: int, **limits):
         self.student, self.teacher, self.rows = student, teacher, rows
         self.metric, self.places, self.batch_size = metric, places, batch_size
         self.alive = student.layer_ids
@@ -225,23 +223,21 @@ class _Job:
         scoring = [{"chunk_bytes": self.chunk_bytes, "targets": p.targets} for p in places]
         tokens: list[list[Tensor]] = [[] for _ in parts]
         work = branches(
-            self.student, trunks, self.alive, on_trunk=on_trunk, count=self._count,
+            self.student,
+            trunks,
+            self.alive,
+            on_trunk=on_trunk,
+            count=self._count,
             reach=top if self.metric == "nll" or self.want_prior else self.prefix,
             max_branch_bytes=self.max_branch_bytes,
-        )  # fmt: skip
+        )
         for number, (_, hidden) in enumerate(work):
             # Only the scored positions live on.
             picked = [[places[b].take(states[b]) for states in hidden] for b in every]
             hidden.clear()
             if self.metric == "kl" and number == 0:
-                for b, final in enumerate(
-                    self._teacher_final(parts, [seen.get(("prefix", b)) for b in every])
-                ):
-                    scoring[b] |= {
-                        "targets": None,
-                        "teacher": self.teacher,
-                        "teacher_hidden": places[b].take(final),
-                    }
+                for b, final in enumerate(self._teacher_final(parts, [seen.get(("prefix", b)) for b in every])):
+                    scoring[b] |= {"targets": None, "teacher": self.teacher, "teacher_hidden": places[b].take(final)}
             for b in every:
                 tokens[b] += token_scores(self.student, picked[b], **scoring[b])
                 self.heads += len(picked[b])
@@ -315,9 +311,7 @@ def ablation_steps(
         Memory for the fp32 logits of one chunk of positions.
     """
     if tie < 0 or first < 1 or max_branch_bytes < 1 or chunk_bytes < 1:
-        raise MeasureError(
-            "tie must not be negative; first, max_branch_bytes and chunk_bytes must be positive."
-        )
+        raise MeasureError("tie must not be negative; first, max_branch_bytes and chunk_bytes must be positive.")
     places = Positions.sample(rows, positions, seed, predict=metric == "nll")
     samples = Samples(metric, rows.source, student.layer_ids, len(rows.tokens), confidence)
     limits = {"max_branch_bytes": max_branch_bytes, "chunk_bytes": chunk_bytes}
@@ -331,9 +325,14 @@ def ablation_steps(
     total, done = len(rows.tokens), 0
     details = samples.details
     details |= {
-        "positions": positions, "batch_size": batch_size, "seed": seed, "race": race, "ranks": world()[1],
-        "dropped": {}, "notes": run.notes,
-    }  # fmt: skip
+        "positions": positions,
+        "batch_size": batch_size,
+        "seed": seed,
+        "race": race,
+        "ranks": world()[1],
+        "dropped": {},
+        "notes": run.notes,
+    }
     if race:
         details |= {"tie": tie, "first": first, "stopped": "the text ran out"}
         job.want_prior = True
@@ -344,11 +343,7 @@ def ablation_steps(
         samples.add(picked, job.alive, values[:, :count], weights)
         whole += float(values[:, count] @ weights)
         done += len(picked)
-        details |= {
-            "layer_passes": job.passes,
-            "heads": job.heads,
-            "whole": whole / float(samples.weights.sum()),
-        }
+        details |= {"layer_passes": job.passes, "heads": job.heads, "whole": whole / float(samples.weights.sum())}
         note = run.notes[-1] if run.notes else ""
         if race:
             prior = values[:, count + 2 :].mean(0) if job.want_prior else None
@@ -395,6 +390,4 @@ def _race(job: _Job, samples: Samples, prior, confidence: float, tie: float, dro
     job.alive = [i for i, gone in zip(job.alive, drop, strict=True) if not gone]
     if len(job.alive) == 1:
         return "one layer is left"
-    return (
-        f"{len(job.alive)} layers are left, none better than the best by more than {tie:g}" if settled else ""
-    )
+    return f"{len(job.alive)} layers are left, none better than the best by more than {tie:g}" if settled else ""

@@ -166,6 +166,4 @@ def compare_metrics(
     -------
     Comparison
     """
-    return drive(
-        compare_metrics_steps(student, blocks, metrics, teacher, k=k, **options), desc="compare", show=show
-    )
+    return drive(compare_metrics_steps(student, blocks, metrics, teacher, k=k, **options), desc="compare", show=show)

@@ -46,11 +46,7 @@ def gather(piece):
 
 def to_host(values: Tensor) -> np.ndarray:
     """Copy statistics to the host: the only place where a metric waits for the device."""
-    return (
-        values.detach().double().cpu().numpy()
-        if values.device.type != "mps"
-        else values.detach().cpu().numpy()
-    )
+    return values.detach().double().cpu().numpy() if values.device.type != "mps" else values.detach().cpu().numpy()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -58,8 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(
-        words in str(error).lower()
-        for words in ("out of memory", "can't allocate memory", "not enough memory")
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
 
 

@@ -80,9 +80,7 @@ def block_distances(
         Indexed by n = 1..L, columns by the layer id of the block's first layer; NaN where the stack
         ends first.
     """
-    matrix = redundancy(
-        model, blocks, "angular", skip_first=skip_first, batch_size=batch_size, show=show
-    ).to_numpy()
+    matrix = redundancy(model, blocks, "angular", skip_first=skip_first, batch_size=batch_size, show=show).to_numpy()
     depth = len(model)
     triangle = np.full((depth, depth), np.nan)
     for n in range(1, depth + 1):
@@ -126,9 +124,7 @@ def drift(
 
 
 @torch.no_grad()
-def token_drift(
-    student: LayerStack, teacher: LayerStack, text, tokenizer=None, kind: str = "cosine"
-) -> pd.DataFrame:
+def token_drift(student: LayerStack, teacher: LayerStack, text, tokenizer=None, kind: str = "cosine") -> pd.DataFrame:
     """Drift of every token of one text, by layer.
 
     Parameters
@@ -152,9 +148,7 @@ def token_drift(
 
 
 @torch.no_grad()
-def logit_lens(
-    model: LayerStack, text, tokenizer, *, teacher: LayerStack | None = None, top: int = 5
-) -> pd.DataFrame:
+def logit_lens(model: LayerStack, text, tokenizer, *, teacher: LayerStack | None = None, top: int = 5) -> pd.DataFrame:
     """What each hidden state would predict if the model ended there: the logit lens.
 
     nostalgebraist 2020, "interpreting GPT: the logit lens". Each h[l] goes through the model's own
@@ -187,9 +181,7 @@ def logit_lens(
             log_p = torch.log_softmax(stack.logits(hidden[0]).float(), -1)
             best = log_p.topk(top, -1)
             entropy = (-(log_p.exp() * log_p).sum(-1)).tolist()
-            following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp().tolist() + [
-                np.nan
-            ]
+            following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp().tolist() + [np.nan]
             for t, word in enumerate(words):
                 records.append(
                     {
@@ -237,9 +229,7 @@ def _encode(text, tokenizer) -> tuple[Tensor, list[str]]:
     if not ids.shape[1]:
         raise MeasureError("The text is empty: give at least one token.")
     words = (
-        [str(i) for i in ids[0].tolist()]
-        if tokenizer is None
-        else [tokenizer.decode([i]) for i in ids[0].tolist()]
+        [str(i) for i in ids[0].tolist()] if tokenizer is None else [tokenizer.decode([i]) for i in ids[0].tolist()]
     )
     return ids, words
 
@@ -263,11 +253,7 @@ def _pairs(student: LayerStack, teacher: LayerStack, mine, theirs) -> Iterator[t
 
 
 def _valid(trunk_mask: Tensor | None, ids: Tensor, skip_first: bool) -> Tensor:
-    mask = (
-        torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-        if trunk_mask is None
-        else trunk_mask.bool()
-    )
+    mask = torch.ones(ids.shape, dtype=torch.bool, device=ids.device) if trunk_mask is None else trunk_mask.bool()
     if skip_first:
         mask = mask & (mask.cumsum(1) > 1)
     return mask
@@ -299,9 +285,7 @@ def _redundancy_steps(
                 u = in_fp64(part)
                 u = (u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)).transpose(0, 1)
                 cosine = u @ u.mT
-                above = above + (cosine if kind == "cosine" else cosine.clamp(-1, 1).arccos() / torch.pi).sum(
-                    0
-                )
+                above = above + (cosine if kind == "cosine" else cosine.clamp(-1, 1).arccos() / torch.pi).sum(0)
                 count += len(u)
         yield Progress(picked[-1] + 1, total)
     matrix = (cka.matrix() if kind == "cka" else above / max(count, 1)).cpu().double().numpy()

@@ -56,11 +56,7 @@ def block_influence(before: Tensor, after: Tensor, mask: Tensor | None = None) -
 
 def angle(u: Tensor, v: Tensor) -> Tensor:
     """Angle between unit vectors [..., d], over pi: in [0, 1]. Kahan's form, exact near 0 and near pi."""
-    return (
-        2
-        / torch.pi
-        * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
-    )
+    return 2 / torch.pi * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
 
 
 def _square_error(before: Tensor, after: Tensor) -> Tensor:
@@ -181,9 +177,7 @@ def _magnitude(student: LayerStack) -> list[float]:
         with resident(layer):
             parts = [p.abs().sum(dtype=torch.float32) for p in layer.parameters() if p.dim() >= 2]
             sums.append(
-                torch.stack(parts).double().sum()
-                if parts[0].device.type != "mps"
-                else torch.stack(parts).sum()
+                torch.stack(parts).double().sum() if parts[0].device.type != "mps" else torch.stack(parts).sum()
             )
     return [float(v) for v in torch.stack(sums).cpu()]
 
@@ -238,9 +232,7 @@ def one_pass_steps(
     if metric == "magnitude":
         started = time.perf_counter()
         sums = _magnitude(student)
-        scores = LayerScores.exact(
-            metric, "weights", student.layer_ids, sums, seconds=time.perf_counter() - started
-        )
+        scores = LayerScores.exact(metric, "weights", student.layer_ids, sums, seconds=time.perf_counter() - started)
         yield Progress(1, 1, "", scores)
         return scores
     if metric == "lrp":
@@ -257,11 +249,7 @@ def one_pass_steps(
             values = [_taylor(student, rows.batch(p), m, chunk) for p, m in zip(parts, mine, strict=True)]
             return torch.cat([torch.cat(values), torch.cat([m.weights for m in mine])[:, None]], 1)
         batches = [rows.batch(part) for part in parts]
-        values = (
-            _lrp(student, batches, epsilon)
-            if metric == "lrp"
-            else _pairwise(student, batches, metric, tokens)
-        )
+        values = _lrp(student, batches, epsilon) if metric == "lrp" else _pairwise(student, batches, metric, tokens)
         count = torch.full((len(picked), 1), rows.tokens.shape[1], device=values.device, dtype=values.dtype)
         if tokens == "last":
             count.fill_(1)
@@ -282,9 +270,7 @@ def one_pass_steps(
         samples.add(picked, student.layer_ids, values[:, :-1], values[:, -1])
         done += len(picked)
         if done < total:
-            yield Progress(
-                done, total, run.notes[-1] if run.notes else "", samples.scores() if done > 1 else None
-            )
+            yield Progress(done, total, run.notes[-1] if run.notes else "", samples.scores() if done > 1 else None)
     scores = samples.scores()
     yield Progress(total, total, "", scores)
     return scores

@@ -150,9 +150,15 @@ class Samples:
 
         seen = self.weights > 0
         return LayerScores.from_samples(
-            self.metric, self.source, self.layer_ids, self.values[seen], self.weights[seen],
-            seconds=time.perf_counter() - self.started, confidence=self.confidence, details=self.details,
-        )  # fmt: skip
+            self.metric,
+            self.source,
+            self.layer_ids,
+            self.values[seen],
+            self.weights[seen],
+            seconds=time.perf_counter() - self.started,
+            confidence=self.confidence,
+            details=self.details,
+        )
 
 
 def resamples(count: int, seed: int = 0) -> np.ndarray:
@@ -206,6 +212,5 @@ def expansion(n: np.ndarray | int, tail: float) -> np.ndarray:
 
 def listed(values, digits: int | None = None) -> list:
     return [
-        None if math.isnan(v) else float(f"{v:.{digits}g}") if digits else float(v)
-        for v in np.asarray(values, float)
+        None if math.isnan(v) else float(f"{v:.{digits}g}") if digits else float(v) for v in np.asarray(values, float)
     ]

@@ -205,9 +205,15 @@ class LayerScores:
         samples = np.array(data["per_sequence"], float).reshape(len(data["weights"]), len(index))
         weights = np.array(data["weights"], float)
         return cls(
-            table, data["metric"], data["source"], data["seconds"], samples, weights, data["confidence"],
+            table,
+            data["metric"],
+            data["source"],
+            data["seconds"],
+            samples,
+            weights,
+            data["confidence"],
             dict(data["details"]),
-        )  # fmt: skip
+        )
 
     def __repr__(self) -> str:
         least = self.least_important
@@ -293,20 +299,36 @@ def measure_steps(
         raise MeasureError(f"confidence={confidence}: a probability from 0.5 up to, and without, 1.")
     if metric in ONE_PASS:
         if race:
-            raise MeasureError(
-                f"race=True: {metric!r} scores all layers in one pass; only {ABLATION} can race."
-            )
+            raise MeasureError(f"race=True: {metric!r} scores all layers in one pass; only {ABLATION} can race.")
         if positions is not None and metric != "taylor":
             raise MeasureError(f"positions=: {metric!r} needs no head, so that all positions are scored.")
         from ildlab.importance.one_pass import one_pass_steps
 
-        work = one_pass_steps(student, rows, metric, positions=positions, batch_size=batch_size, seed=seed,
-                              confidence=confidence, **options)  # fmt: skip
+        work = one_pass_steps(
+            student,
+            rows,
+            metric,
+            positions=positions,
+            batch_size=batch_size,
+            seed=seed,
+            confidence=confidence,
+            **options,
+        )
     else:
         from ildlab.importance.ablation import ablation_steps
 
-        work = ablation_steps(student, rows, metric, teacher, race=race, positions=positions,
-                              batch_size=batch_size, seed=seed, confidence=confidence, **options)  # fmt: skip
+        work = ablation_steps(
+            student,
+            rows,
+            metric,
+            teacher,
+            race=race,
+            positions=positions,
+            batch_size=batch_size,
+            seed=seed,
+            confidence=confidence,
+            **options,
+        )
     return (yield from work)
 
 
@@ -365,8 +387,18 @@ def measure(
         Unknown metric, a missing teacher, fewer than 2 sequences, positions < 1, or a score that is
         NaN or infinite (names layer and batch).
     """
-    work = measure_steps(student, blocks, metric, teacher, race=race, positions=positions, batch_size=batch_size,
-                         seed=seed, confidence=confidence, **options)  # fmt: skip
+    work = measure_steps(
+        student,
+        blocks,
+        metric,
+        teacher,
+        race=race,
+        positions=positions,
+        batch_size=batch_size,
+        seed=seed,
+        confidence=confidence,
+        **options,
+    )
     return drive(work, desc=f"measure {metric}", show=show)
 
 
@@ -407,9 +439,7 @@ def check_options(metric: str, options: dict) -> None:
     for name, value in options.items():
         idle = value is None or value is False  # race=False, positions=None: any metric can leave these out
         if name not in known and not (name in ("race", "positions") and idle):
-            raise MeasureError(
-                f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(known))}."
-            )
+            raise MeasureError(f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(known))}.")
 
 
 def _task_steps(student, *, suite=None, **options):

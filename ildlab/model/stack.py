@@ -153,7 +153,9 @@ class LayerStack:
             here = layer_id in self._layer_ids
             style = "border:1px solid currentColor;padding:1px 4px;margin:1px;display:inline-block;"
             if not here:
-                style += "opacity:.55;background:repeating-linear-gradient(45deg,transparent 0 3px,currentColor 3px 4px);"
+                style += (
+                    "opacity:.55;background:repeating-linear-gradient(45deg,transparent 0 3px,currentColor 3px 4px);"
+                )
             title = f"layer {layer_id}" + ("" if here else " (removed)")
             label = str(layer_id) if here else f"<s>{layer_id}</s>"
             cells.append(f'<span style="{style}" title="{title}">{label}</span>')
@@ -374,14 +376,7 @@ class LayerStack:
         want = self.model(input_ids=ids, use_cache=False).logits.float()
         try:
             got = self.logits(self.final(ids)).float()
-        except (
-            UnsupportedModelError,
-            RuntimeError,
-            TypeError,
-            IndexError,
-            KeyError,
-            AttributeError,
-        ) as error:
+        except (UnsupportedModelError, RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
             raise UnsupportedModelError(f"Replaying the decoder layers of {name} failed: {error}") from error
         error = (want - got).abs().max()
         # The tail sees one token at a time, which may round its matrix product in another order.
@@ -405,8 +400,7 @@ def shared_prefix(student: LayerStack, teacher: LayerStack) -> int:
         student.layers, teacher.layers, student.layer_ids, teacher.layer_ids, strict=False
     ):
         same = my_id == their_id and all(
-            a is b
-            or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())  # meta: offloaded, no address
+            a is b or (a.device.type != "meta" and a.data_ptr() == b.data_ptr())  # meta: offloaded, no address
             for a, b in zip(mine.parameters(), theirs.parameters(), strict=True)
         )
         if not same:
@@ -421,9 +415,7 @@ def shared_prefix(student: LayerStack, teacher: LayerStack) -> int:
 def _text_config(model: nn.Module):
     config = getattr(model, "config", None)
     if config is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no config: give a causal LM of transformers."
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} has no config: give a causal LM of transformers.")
     text = config.get_text_config()
     if getattr(text, "num_hidden_layers", None) is None:
         raise UnsupportedModelError(f"The config of {type(model).__name__} does not say num_hidden_layers.")

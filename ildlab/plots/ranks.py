@@ -42,9 +42,7 @@ def rank_flow(scores: Sequence[Any], removed: Sequence[int] = (), ax: Axes | Non
     """
     if not scores:
         raise ValueError("There are no scores to draw: measure first.")
-    ranks = pd.DataFrame(
-        {k + 1: frame_of(s)["score"].rank(method="first") for k, s in enumerate(scores)}
-    ).sort_index()
+    ranks = pd.DataFrame({k + 1: frame_of(s)["score"].rank(method="first") for k, s in enumerate(scores)}).sort_index()
     ax = new_axes(ax, max(4.5, 1.6 + 0.9 * len(scores)), max(3.0, 0.9 + 0.17 * len(ranks)))
     marked = list(dict.fromkeys(removed))
     for layer_id, row in ranks.iterrows():

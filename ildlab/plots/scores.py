@@ -90,9 +90,7 @@ def importance(
         low, high = table["ci_low"].to_numpy(float), table["ci_high"].to_numpy(float)
         known = np.isfinite(low) & np.isfinite(high)
         spread = np.clip(np.stack([values - low, high - values]), 0, None)[:, known]
-        ax.errorbar(
-            table.index[known], values[known], spread, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=2
-        )
+        ax.errorbar(table.index[known], values[known], spread, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=2)
     if log:
         ax.set_yscale("log")
     bottom, ceiling = ax.get_ylim()
@@ -126,9 +124,7 @@ def importance(
     ax.set_xlabel("layer id")
     ax.set_ylabel(label_of(metric_of(scores, metric)))
     handles = [Patch(facecolor=BLUE, label="score, with its interval" if "ci_low" in table else "score")]
-    handles.append(
-        Patch(facecolor=VERMILLION, edgecolor="white", hatch="///", label=f"layer {chosen}: to be removed")
-    )
+    handles.append(Patch(facecolor=VERMILLION, edgecolor="white", hatch="///", label=f"layer {chosen}: to be removed"))
     if gone:
         handles.append(Patch(fill=False, edgecolor=LINE, hatch="xxx", linewidth=0, label="removed"))
     if tied:
@@ -224,9 +220,7 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
         pair = tuple(style(a) for a in figure.subplots(1, 2))
     else:
         pair = tuple(style(a) for a in ax)
-    steps = (
-        history["step"] if "step" in history else pd.Series(range(1, len(history) + 1), index=history.index)
-    )
+    steps = history["step"] if "step" in history else pd.Series(range(1, len(history) + 1), index=history.index)
     groups = (
         ["kl"] if "kl" in history else [c for c in ("loss",) if c in history],
         [
@@ -247,19 +241,10 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
             if smooth:
                 axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8)
                 values = values.rolling(max(5, len(values) // 20), min_periods=1, center=True).median()
-            name = str(column).replace("_", " ") + (
-                " (running median)" if smooth and len(columns) == 1 else ""
-            )
+            name = str(column).replace("_", " ") + (" (running median)" if smooth and len(columns) == 1 else "")
             marker = "o" if len(values) < 8 else None
             axes.plot(
-                steps,
-                values,
-                color=colour,
-                linestyle=dash,
-                linewidth=1.8,
-                label=name,
-                marker=marker,
-                markersize=3,
+                steps, values, color=colour, linestyle=dash, linewidth=1.8, label=name, marker=marker, markersize=3
             )
         if drawn and min(v.min() for v in drawn) > 0:
             low, high = min(v.min() for v in drawn), max(v.max() for v in drawn)
@@ -268,15 +253,7 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
                 axes.yaxis.set_minor_formatter(ScalarFormatter() if high < 20 * low else "")
                 axes.tick_params(axis="y", which="minor", labelsize=7)
         if not drawn:
-            axes.text(
-                0.5,
-                0.5,
-                "not part of this loss",
-                transform=axes.transAxes,
-                ha="center",
-                color=TEXT,
-                fontsize=9,
-            )
+            axes.text(0.5, 0.5, "not part of this loss", transform=axes.transAxes, ha="center", color=TEXT, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -285,11 +262,7 @@ def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> A
 
 
 def quality(
-    table: pd.DataFrame,
-    ax: Axes | None = None,
-    *,
-    value: str = "perplexity",
-    teacher: float | None = None,
+    table: pd.DataFrame, ax: Axes | None = None, *, value: str = "perplexity", teacher: float | None = None
 ) -> Axes:
     """Draw quality against the number of layers removed, with parameters on a second axis.
 
@@ -342,9 +315,7 @@ def quality(
         ax.patch.set_visible(False)
     for column, label, colour, dash, marker in columns:
         known = table[table[column].notna()]
-        ax.plot(
-            known["n_removed"], known[column], dash, color=colour, marker=marker, label=label, linewidth=1.8
-        )
+        ax.plot(known["n_removed"], known[column], dash, color=colour, marker=marker, label=label, linewidth=1.8)
         last = known.iloc[-1]
         ax.annotate(
             f"{last[column]:.3g}",

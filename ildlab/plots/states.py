@@ -84,9 +84,7 @@ def block_triangle(triangle: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if not np.isfinite(values).any():
         raise ValueError("The triangle has no distances to draw.")
     ax = new_axes(ax, 6.6, 5.0)
-    image = ax.imshow(
-        values, cmap=MAP, norm=norm_of(values), interpolation="nearest", origin="lower", aspect="auto"
-    )
+    image = ax.imshow(values, cmap=MAP, norm=norm_of(values), interpolation="nearest", origin="lower", aspect="auto")
     rows = np.flatnonzero(np.isfinite(values).any(1))
     least = np.nanargmin(values[rows], axis=1)
     inks = [ink_on(image.cmap(image.norm(v))) for v in values[rows, least]]
@@ -175,9 +173,7 @@ def token_drift_map(table: pd.DataFrame, ax: Axes | None = None, *, kind: str = 
     ax = new_axes(ax, max(5.0, 2.0 + 0.3 * len(tokens)), max(3.0, 1.3 + 0.13 * len(values)))
     same = values < NO_DRIFT
     shown = np.where(same, np.nan, values)
-    image = ax.imshow(
-        shown, cmap=MAP, norm=norm_of(shown), aspect="auto", interpolation="nearest", origin="lower"
-    )
+    image = ax.imshow(shown, cmap=MAP, norm=norm_of(shown), aspect="auto", interpolation="nearest", origin="lower")
     for row in np.flatnonzero(same.any(1)):
         for column in np.flatnonzero(same[row]):
             box = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="///", edgecolor=LINE)

@@ -70,15 +70,11 @@ def methods(
         own = table[table["method"] == name].sort_values(over)
         colour, dash, marker = STYLES.get(name, (TEXT, "-", "."))
         label = (labels or {}).get(name, name.replace("_", " "))
-        ax.plot(
-            own[over], own[value], linestyle=dash, color=colour, marker=marker, label=label, linewidth=1.8
-        )
+        ax.plot(own[over], own[value], linestyle=dash, color=colour, marker=marker, label=label, linewidth=1.8)
         if value == "aggregate" and {"low", "high"} <= set(own.columns):
             ax.fill_between(own[over], own["low"], own["high"], color=colour, alpha=0.12, linewidth=0)
     if teacher is not None:
-        ax.axhline(
-            teacher, color=TEXT, linestyle=(0, (1, 2)), linewidth=1.2, label=f"teacher ({teacher:.3f})"
-        )
+        ax.axhline(teacher, color=TEXT, linestyle=(0, (1, 2)), linewidth=1.2, label=f"teacher ({teacher:.3f})")
     if parameters and "parameters" in table.columns:
         sizes = table.groupby(over)["parameters"].first() / 1e6
         second = style(ax.twinx())
@@ -89,9 +85,7 @@ def methods(
         ax.patch.set_visible(False)
     if over == "layers_removed":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel(
-        {"layers_removed": "layers removed", "share_removed": "share of layers removed"}.get(over, over)
-    )
+    ax.set_xlabel({"layers_removed": "layers removed", "share_removed": "share of layers removed"}.get(over, over))
     ax.set_ylabel("KL to the teacher (nats/token)" if value == "kl" else label_of(value))
     legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return ax
@@ -157,9 +151,7 @@ def task_panels(
             ax.set_xlabel("layers removed", fontsize=9)
             ax.tick_params(labelbottom=True)
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles, names, loc="outside lower center", ncols=2, frameon=False, labelcolor=TEXT, fontsize=8
-    )
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, labelcolor=TEXT, fontsize=8)
     return figure
 
 
@@ -182,9 +174,14 @@ def branches(tables: dict[str, pd.DataFrame], ax: Axes | None = None, *, value: 
     for number, (name, table) in enumerate(tables.items()):
         drawn = table[value].fillna(table[f"{value}_pruned"])
         ax.plot(
-            table["n_removed"], drawn, label=name, color=COLOURS[number % len(COLOURS)],
-            marker="osD^v"[number % 5], linestyle=("-", "--", "-.", ":")[number % 4], linewidth=1.8,
-        )  # fmt: skip
+            table["n_removed"],
+            drawn,
+            label=name,
+            color=COLOURS[number % len(COLOURS)],
+            marker="osD^v"[number % 5],
+            linestyle=("-", "--", "-.", ":")[number % 4],
+            linewidth=1.8,
+        )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("layers removed")
     ax.set_ylabel("KL to the teacher (nats/token)" if value == "kl" else label_of(value))

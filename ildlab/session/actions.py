@@ -46,13 +46,7 @@ def measure(
     with session.acting("measure"):
         started = time.perf_counter()
         scores = yield from measure_steps(
-            session.student,
-            session.text("calibration"),
-            metric,
-            session.teacher,
-            seed=seed,
-            **options,
-            **needs,
+            session.student, session.text("calibration"), metric, session.teacher, seed=seed, **options, **needs
         )
         session._append(
             "measure",
@@ -150,11 +144,7 @@ def _distill(session: PruningSession, config: DistillConfig, text: str | None, g
 
 
 def evaluate(
-    session: PruningSession,
-    suite: str | bool | None,
-    cache: Path | None,
-    undistilled: bool,
-    options: dict[str, Any],
+    session: PruningSession, suite: str | bool | None, cache: Path | None, undistilled: bool, options: dict[str, Any]
 ) -> Generator[Progress, None, Evaluation]:
     """Judge today's student and journal the result."""
     suite = None if suite is False else suite or session.config.suite
@@ -235,9 +225,7 @@ def _gap(session: PruningSession) -> list[int]:
             gap.append(step.args["layer_id"])
     gap = gap or session.removed[-1:]
     if not gap:
-        raise SessionError(
-            "Nothing was removed yet: the student is the teacher, and has nothing to learn from it."
-        )
+        raise SessionError("Nothing was removed yet: the student is the teacher, and has nothing to learn from it.")
     return gap
 
 
@@ -281,9 +269,7 @@ def _commit(session: PruningSession, action: str, changed: list[int], **fields: 
         raise
 
 
-def _checkpoint_of(
-    folder: Path, changed: list[int], config: DistillConfig, text: str | None, gap: list[int]
-) -> Path:
+def _checkpoint_of(folder: Path, changed: list[int], config: DistillConfig, text: str | None, gap: list[int]) -> Path:
     """File for the checkpoints of this very distillation: another one's, of other settings, stays where it is."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"after_steps": changed, "config": decisive(config), "text": text, "gap": gap}
@@ -300,7 +286,5 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and value != value:
-        raise DistillError(
-            "A recorded value is NaN: it would hide a failure. Look at the step's metrics file."
-        )
+        raise DistillError("A recorded value is NaN: it would hide a failure. Look at the step's metrics file.")
     return value

@@ -18,9 +18,7 @@ def notebooks_dir() -> Path:
     """Folder of the notebooks: beside the package, in a checkout."""
     folder = Path(__file__).resolve().parent.parent / "notebooks"
     if not (folder / "batch" / "iterate.ipynb").is_file():
-        raise IldlabError(
-            f"There are no notebooks at {folder}: run the demo from a checkout of the repository."
-        )
+        raise IldlabError(f"There are no notebooks at {folder}: run the demo from a checkout of the repository.")
     return folder
 
 
@@ -44,9 +42,7 @@ def main(arguments: list[str] | None = None) -> Path:
     arguments = sys.argv[1:] if arguments is None else arguments
     unclear = [argument for argument in arguments if "=" not in argument]
     if unclear:
-        raise IldlabError(
-            f"{unclear[0]!r}: give parameters as name=value, such as target_layers=28 or preset=demo."
-        )
+        raise IldlabError(f"{unclear[0]!r}: give parameters as name=value, such as target_layers=28 or preset=demo.")
     given = dict(argument.split("=", 1) for argument in arguments)
     preset = batch / "presets" / f"{given.pop('preset', 'demo')}.yaml"
     if not preset.is_file():

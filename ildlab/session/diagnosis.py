@@ -83,9 +83,7 @@ def diagnose(
     limits = thresholds or Thresholds()
     rows = [_clean(row) for row in _rows(history)]
     found: list[Finding] = []
-    teacher_aggregate = next(
-        (r["aggregate"] for r in rows if r.get("n_removed") == 0 and "aggregate" in r), None
-    )
+    teacher_aggregate = next((r["aggregate"] for r in rows if r.get("n_removed") == 0 and "aggregate" in r), None)
     for before, row in zip([{}, *rows], rows, strict=False):
         n = int(row.get("n_removed", 0))
         if n == 0:

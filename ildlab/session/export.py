@@ -50,11 +50,7 @@ class Verdict:
     text: str
 
     def __str__(self) -> str:
-        cache = (
-            "the same with and without the KV cache"
-            if self.same_with_cache
-            else "DIFFERENT with the KV cache"
-        )
+        cache = "the same with and without the KV cache" if self.same_with_cache else "DIFFERENT with the KV cache"
         return (
             f"{self.layers} layers; logits equal the student's to {self.logits_error:.1e} of the largest; "
             f"generation is {cache}"
@@ -104,9 +100,7 @@ def export(session: PruningSession, path: str | Path) -> tuple[Path, Verdict]:
             "fingerprint": session.journal.config["fingerprint"],
             "removed": session.removed,
             "layer_ids": session.student.layer_ids,
-            "steps": [
-                step.__dict__ for step in session.path if step.action in ("remove", "distill", "evaluate")
-            ],
+            "steps": [step.__dict__ for step in session.path if step.action in ("remove", "distill", "evaluate")],
         }
         (scratch / "ildlab.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
         if target.exists():
@@ -136,8 +130,10 @@ def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teac
     text.ildlab = {"teacher": teacher, "layer_ids": stack.layer_ids}
     config.dtype = dtype
     try:
-        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                 for name, tensor in stack.model.state_dict().items()}  # fmt: skip
+        state = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in stack.model.state_dict().items()
+        }
         # Tied tensors must stay one tensor after the cast, or they would be saved twice.
         once: dict[int, Tensor] = {}
         exact = True
@@ -292,9 +288,18 @@ def greedy(model, ids: Tensor, *, tokens: int = 24, use_cache: bool = True) -> T
 def model_card(session: PruningSession, verdict: Verdict) -> str:
     """The README of an exported checkpoint: what it is, how it was made, what was measured."""
     table = session.history()[
-        ["n_removed", "layer_id", "layers", "parameters", "perplexity_undistilled", "perplexity_pruned", "perplexity",
-         "kl", "aggregate"]
-    ].dropna(axis=1, how="all")  # fmt: skip
+        [
+            "n_removed",
+            "layer_id",
+            "layers",
+            "parameters",
+            "perplexity_undistilled",
+            "perplexity_pruned",
+            "perplexity",
+            "kl",
+            "aggregate",
+        ]
+    ].dropna(axis=1, how="all")
     head = "| " + " | ".join(table.columns) + " |\n|" + " --- |" * len(table.columns)
     body = "\n".join("| " + " | ".join(_cell(v) for v in row) + " |" for row in table.itertuples(index=False))
     source = session.config.eval_text or session.config.text

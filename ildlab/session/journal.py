@@ -202,9 +202,7 @@ class Journal:
             The disk is full or the folder cannot be written; the journal is as it was before.
         """
         if self._lock is None:
-            raise JournalError(
-                f"The session on {self.folder} is closed: open it again with PruningSession.open."
-            )
+            raise JournalError(f"The session on {self.folder} is closed: open it again with PruningSession.open.")
         number = len(self.steps)
         weights = None
         if tensors is not None:

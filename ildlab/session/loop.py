@@ -146,9 +146,7 @@ def _checked(session: PruningSession, settings: RunSettings) -> tuple[RunSetting
     resuming = bool(earlier) and earlier[-1] == settings
     now, goal, limit = len(session.student), settings.target_layers, settings.max_loss
     if goal is not None and (goal < 1 or goal > now or (goal == now and not resuming)):
-        raise SessionError(
-            f"target_layers is {goal}: it must be at least 1 and less than today's {now} layers."
-        )
+        raise SessionError(f"target_layers is {goal}: it must be at least 1 and less than today's {now} layers.")
     if settings.final is not None:
         if goal is None:
             raise SessionError("A final distillation follows when target_layers is reached: give it.")

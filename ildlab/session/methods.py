@@ -55,9 +55,7 @@ METHODS = {
     "shortgpt": Method("ShortGPT (one pass of Block Influence)", False, False, False),
     "iterative_block_influence": Method("iterative Block Influence", False, True, False),
     "iterative_layerwise_pruning": Method("iterative layer-wise pruning", True, True, False),
-    "iterative_block_influence_distillation": Method(
-        "iterative Block Influence + distillation", False, True, True
-    ),
+    "iterative_block_influence_distillation": Method("iterative Block Influence + distillation", False, True, True),
     "iterative_layerwise_distillation": Method("iterative layer-wise distillation", True, True, True),
 }
 
@@ -248,16 +246,25 @@ def curve(session: PruningSession, name: str, skip: int = 0) -> pd.DataFrame:
             interval, loss = found.suite.interval(), found.quality_loss_estimate()
             rows.append(
                 {
-                    "method": name, "layers_removed": len(removed),
+                    "method": name,
+                    "layers_removed": len(removed),
                     "share_removed": len(removed) / found.teacher_layers,
-                    "layer_id": removed[-1] if removed else None, "aggregate": interval.value,
-                    "low": interval.low, "high": interval.high, "aggregate_rest": _rest(found.suite, skip),
+                    "layer_id": removed[-1] if removed else None,
+                    "aggregate": interval.value,
+                    "low": interval.low,
+                    "high": interval.high,
+                    "aggregate_rest": _rest(found.suite, skip),
                     "corrected": found.suite.aggregate_corrected,
-                    "quality_loss": loss.value, "loss_low": loss.low, "loss_high": loss.high,
-                    "perplexity": found.perplexity, "kl": found.kl, "parameters": found.parameters,
-                    **{task.name: task.score for task in found.suite.tasks.values()}, **canary_scores(found),
+                    "quality_loss": loss.value,
+                    "loss_low": loss.low,
+                    "loss_high": loss.high,
+                    "perplexity": found.perplexity,
+                    "kl": found.kl,
+                    "parameters": found.parameters,
+                    **{task.name: task.score for task in found.suite.tasks.values()},
+                    **canary_scores(found),
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 

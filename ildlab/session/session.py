@@ -50,9 +50,7 @@ class PruningSession:
     def __init__(self, journal: Journal, loaded: LoadedModel):
         self.journal = journal
         self.folder = journal.folder
-        known = {
-            k: v for k, v in journal.config["settings"].items() if k in SessionConfig.__dataclass_fields__
-        }
+        known = {k: v for k, v in journal.config["settings"].items() if k in SessionConfig.__dataclass_fields__}
         self.config = SessionConfig(**known)
         self.loaded = loaded
         self.tokenizer = loaded.tokenizer
@@ -106,9 +104,14 @@ class PruningSession:
         )
         if config.eval_text is not None:
             load_text(
-                config.eval_text, loaded.tokenizer, block=config.block, tokens=config.eval_tokens, split="eval",
-                seed=config.seed, text_column=config.text_column,
-            )  # fmt: skip
+                config.eval_text,
+                loaded.tokenizer,
+                block=config.block,
+                tokens=config.eval_tokens,
+                split="eval",
+                seed=config.seed,
+                text_column=config.text_column,
+            )
         journal = Journal.create(
             folder,
             {
@@ -125,12 +128,7 @@ class PruningSession:
 
     @classmethod
     def open(
-        cls,
-        folder: str | Path,
-        teacher: str | LoadedModel | None = None,
-        *,
-        dtype: str = "auto",
-        device: str = "auto",
+        cls, folder: str | Path, teacher: str | LoadedModel | None = None, *, dtype: str = "auto", device: str = "auto"
     ) -> PruningSession:
         """Go on with a run, at the step where it stood.
 
@@ -267,9 +265,14 @@ class PruningSession:
             # One text a split is kept: an old iteration's training text is not needed again.
             self._text = {other: kept for other, kept in self._text.items() if other[0] != split}
             self._text[key] = load_text(
-                source, self.tokenizer, block=self.config.block, tokens=tokens, split=split, seed=seed,
+                source,
+                self.tokenizer,
+                block=self.config.block,
+                tokens=tokens,
+                split=split,
+                seed=seed,
                 text_column=self.config.text_column,
-            )  # fmt: skip
+            )
         return self._text[key]
 
     def student_at(self, step: int) -> LayerStack:
@@ -329,9 +332,7 @@ class PruningSession:
 
     # ---------------------------------------------------------------- acting
 
-    def measure_steps(
-        self, metric: str | None = None, **options: Any
-    ) -> Generator[Progress, None, LayerScores]:
+    def measure_steps(self, metric: str | None = None, **options: Any) -> Generator[Progress, None, LayerScores]:
         """Score today's layers; see `measure`."""
         return actions.measure(self, metric, options)
 
@@ -449,23 +450,13 @@ class PruningSession:
         return drive(self.distill_steps(config, text=text, gap=gap, **changes), desc="distill", show=show)
 
     def evaluate_steps(
-        self,
-        suite: str | bool | None = None,
-        *,
-        cache: Path | None = None,
-        undistilled: bool = True,
-        **options: Any,
+        self, suite: str | bool | None = None, *, cache: Path | None = None, undistilled: bool = True, **options: Any
     ) -> Generator[Progress, None, Evaluation]:
         """Evaluate today's student; see `evaluate`."""
         return actions.evaluate(self, suite, cache, undistilled, options)
 
     def evaluate(
-        self,
-        suite: str | bool | None = None,
-        *,
-        undistilled: bool = True,
-        show: bool | None = None,
-        **options: Any,
+        self, suite: str | bool | None = None, *, undistilled: bool = True, show: bool | None = None, **options: Any
     ) -> Evaluation:
         """Judge today's student against the teacher, and journal the result.
 
@@ -502,9 +493,7 @@ class PruningSession:
         if not 0 <= to < len(self.steps):
             raise SessionError(f"There is no step {to}: the journal has steps 0 to {len(self.steps) - 1}.")
         if self.steps[to].action == "undo":
-            raise SessionError(
-                f"Step {to} is itself an undo: go to step {self.steps[to].args['to']} instead."
-            )
+            raise SessionError(f"Step {to} is itself an undo: go to step {self.steps[to].args['to']} instead.")
         with self.acting("undo"):
             student = self.student_at(to)
             self.journal.append("undo", layer_ids=student.layer_ids, args={"to": to, "reason": reason})

@@ -94,9 +94,7 @@ def task_table(session: PruningSession) -> pd.DataFrame:
             models["teacher" if whole else "student" if distilled else "pruned"] = found
     parts, kinds = [], []
     for kind in ("suite", "canaries"):
-        scored = {
-            name: getattr(found, kind) for name, found in models.items() if getattr(found, kind) is not None
-        }
+        scored = {name: getattr(found, kind) for name, found in models.items() if getattr(found, kind) is not None}
         if len(scored) > 1:
             parts.append(compare(**scored))
             kinds.append(kind)

@@ -8,9 +8,5 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={
-        "blocks": ["TextBlocks", "load_text"],
-        "sources": ["find_documents"],
-        "sampling": ["sample_steps"],
-    },
+    submod_attrs={"blocks": ["TextBlocks", "load_text"], "sources": ["find_documents"], "sampling": ["sample_steps"]},
 )

@@ -78,9 +78,7 @@ class TextBlocks:
             There are fewer, or `n_blocks` is below 1.
         """
         if not 1 <= n_blocks <= len(self):
-            raise TextError(
-                f"take({n_blocks}): this text has {len(self)} blocks; take from 1 to {len(self)}."
-            )
+            raise TextError(f"take({n_blocks}): this text has {len(self)} blocks; take from 1 to {len(self)}.")
         tokens = self.tokens[:n_blocks]
         return replace(self, tokens=tokens, fingerprint=_fingerprint(tokens))
 
@@ -101,8 +99,7 @@ class TextBlocks:
             rows["note"] = self.note
         left = "style='text-align:left'"
         cells = "".join(
-            f"<tr><th {left}>{name}</th><td {left}>{html.escape(value)}</td></tr>"
-            for name, value in rows.items()
+            f"<tr><th {left}>{name}</th><td {left}>{html.escape(value)}</td></tr>" for name, value in rows.items()
         )
         return f"<table aria-label='Text blocks'><tbody>{cells}</tbody></table>"
 
@@ -166,9 +163,7 @@ def load_text(
     if split not in SPLITS:
         raise TextError(f"There is no split {split!r}; choose one of {', '.join(SPLITS)}.")
     if block < 2:
-        raise TextError(
-            f"block={block}: a block needs at least 2 tokens, since the first is never predicted."
-        )
+        raise TextError(f"block={block}: a block needs at least 2 tokens, since the first is never predicted.")
     if tokens is not None and tokens < block:
         raise TextError(f"tokens={tokens} do not fill one block of {block}; raise tokens or lower block.")
 
@@ -176,18 +171,14 @@ def load_text(
         return _mixture(source, tokenizer, block, tokens, split, seed, text_column)
     documents = find_documents(source, split=split, seed=seed, text_column=text_column)
     if documents.endless and tokens is None:
-        raise TextError(
-            f"A Hub data set may be endless: say how many tokens of {documents.source!r} to read."
-        )
+        raise TextError(f"A Hub data set may be endless: say how many tokens of {documents.source!r} to read.")
 
     wanted = None if tokens is None else tokens // block * block
     stream = _token_stream(documents, tokenizer, split, seed, wanted)
     blocks = len(stream) // block
     note = ""
     if wanted is not None and blocks * block < wanted:
-        note = (
-            f"{wanted:,} tokens were asked for; the {split} split of {documents.source} has {len(stream):,}."
-        )
+        note = f"{wanted:,} tokens were asked for; the {split} split of {documents.source} has {len(stream):,}."
     if blocks < (2 if note else 1):
         raise TextError(
             f"The {split} split of {documents.source} is too short: {len(stream)} tokens, where "
@@ -228,9 +219,7 @@ def _token_stream(documents: Documents, tokenizer, split: str, seed: int, wanted
         # -all: the source ends here; -part: there is more of it.
         for file in (cache_dir("text") / f"{stem}-all.npy", cache_dir("text") / f"{stem}-part.npy"):
             stream = _read_stream(file)
-            if stream is not None and (
-                file.stem.endswith("all") or wanted is not None and len(stream) >= wanted
-            ):
+            if stream is not None and (file.stem.endswith("all") or wanted is not None and len(stream) >= wanted):
                 return stream[:wanted]
 
     pieces, have, ended = [np.asarray(before, dtype=np.int32)], len(before), False

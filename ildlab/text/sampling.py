@@ -114,9 +114,7 @@ def sample_steps(
     """
     end = tokenizer.eos_token_id
     if end is None:
-        raise TextError(
-            "Texts cannot be sampled with a tokenizer that has no EOS token: set tokenizer.eos_token."
-        )
+        raise TextError("Texts cannot be sampled with a tokenizer that has no EOS token: set tokenizer.eos_token.")
     device = model.get_input_embeddings().weight.device
     draw, generator = random.Random(seed), torch.Generator(device).manual_seed(seed)
     plain, asked = openings(seed), questions(tokenizer, seed)
@@ -149,9 +147,7 @@ def sample_steps(
                 chance.mul_(chance >= min_p * chance.amax(-1, keepdim=True))
                 ladder = chance.cumsum(-1)
                 at = torch.rand(rows, 1, generator=generator, device=device) * ladder[:, -1:]
-                drawn = (
-                    torch.searchsorted(ladder, at, right=True).clamp_max(logits.shape[-1] - 1)[:, 0].tolist()
-                )
+                drawn = torch.searchsorted(ladder, at, right=True).clamp_max(logits.shape[-1] - 1)[:, 0].tolist()
             chosen = []
             for row in range(rows):
                 token = queues[row].pop(0) if queues[row] else drawn[row]
@@ -177,9 +173,7 @@ def _cache(model: torch.nn.Module, length: int):
             start = self.get_seq_length()
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-                self.room = [
-                    torch.empty(*x.shape[:2], length, x.shape[3]) for x in (key_states, value_states)
-                ]
+                self.room = [torch.empty(*x.shape[:2], length, x.shape[3]) for x in (key_states, value_states)]
                 self.room = [x.to(key_states) for x in self.room]
             end = start + key_states.shape[2]
             for room, new in zip(self.room, (key_states, value_states), strict=True):
@@ -228,12 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     loaded = load_model(given.model)
     work = sample_steps(
-        loaded.model,
-        loaded.tokenizer,
-        tokens=given.tokens,
-        rows=given.rows,
-        length=given.length,
-        seed=given.seed,
+        loaded.model, loaded.tokenizer, tokens=given.tokens, rows=given.rows, length=given.length, seed=given.seed
     )
 
     def saving() -> Work[list[str]]:

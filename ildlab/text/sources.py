@@ -85,9 +85,7 @@ def find_documents(
     if not isinstance(source, str | os.PathLike):
         texts = list(source)
         if not all(isinstance(text, str) for text in texts):
-            raise TextError(
-                "A list of documents must hold str only; for token ids there is no need of load_text."
-            )
+            raise TextError("A list of documents must hold str only; for token ids there is no need of load_text.")
         return Documents(f"list of {len(texts)} texts", None, False, lambda: _in_split(texts, split, seed))
 
     name = str(source)
@@ -109,10 +107,7 @@ def find_documents(
     # owner/name[:configuration]; anything that looks like a path is taken for a missing file.
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name) and not name.lower().endswith(SUFFIXES):
         return Documents(
-            name,
-            f"hub:{name}:{text_column}",
-            True,
-            lambda: _distinct(_hub_rows(name, seed, text_column), split),
+            name, f"hub:{name}:{text_column}", True, lambda: _distinct(_hub_rows(name, seed, text_column), split)
         )
     raise TextError(
         f"There is no text source {name[:80]!r}: no such file or folder (looked in {Path.cwd()}). Give "
@@ -173,9 +168,7 @@ def _from_files(name: str, path: Path, split: str, seed: int, text_column: str |
     else:
         files = [path]
         if not path.name.lower().endswith(SUFFIXES):
-            raise TextError(
-                f"{path} is not a kind of text file that ildlab reads; it reads {', '.join(SUFFIXES)}."
-            )
+            raise TextError(f"{path} is not a kind of text file that ildlab reads; it reads {', '.join(SUFFIXES)}.")
     if not any(file.stat().st_size for file in files):
         raise TextError(f"{path} is empty. Give a text of at least some thousand words.")
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -278,13 +271,9 @@ def _jsonl_rows(file: Path, text_column: str | None) -> Iterator[str]:
                 if isinstance(row, str):
                     yield row
                 elif row is not None:
-                    raise TextError(
-                        f"Line {number} of {file} holds {type(row).__name__} where text was expected."
-                    )
+                    raise TextError(f"Line {number} of {file} holds {type(row).__name__} where text was expected.")
     except (ValueError, EOFError, zlib.error) as error:  # of json, of the encoding, of a gzip file cut short
-        raise TextError(
-            f"{file} is not JSON lines in UTF-8: {error}. Each line must be one JSON value."
-        ) from error
+        raise TextError(f"{file} is not JSON lines in UTF-8: {error}. Each line must be one JSON value.") from error
     except OSError as error:
         raise TextError(f"{file} cannot be read: {error.strerror or error}.") from error
 

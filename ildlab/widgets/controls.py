@@ -51,9 +51,7 @@ class Controls:
 
     def _measuring(self, config: SessionConfig) -> w.Widget:
         self.metric = w.Dropdown(
-            options=[m for m in METRICS if m != "task" or config.suite],
-            value=config.metric,
-            description="metric",
+            options=[m for m in METRICS if m != "task" or config.suite], value=config.metric, description="metric"
         )
         self.race = w.Checkbox(value=True, description="race (stop early)", indent=False)
         self.measure = _button("Measure")
@@ -75,14 +73,11 @@ class Controls:
         self.tokens = w.IntText(value=config.train_tokens, description="tokens")
         self.preset = w.Dropdown(options=[DEFAULTS, "the paper's"], description="settings")
         self.loss = w.Dropdown(options=["as set", *LOSSES], description="loss")
-        self.scope = w.Dropdown(
-            options=["as set", "neighbours", "window(2)", "suffix", "all"], description="scope"
-        )
+        self.scope = w.Dropdown(options=["as set", "neighbours", "window(2)", "suffix", "all"], description="scope")
         self.use_rate = w.Checkbox(value=False, description="use this learning rate", indent=False)
         self.rate = w.FloatLogSlider(
-            value=3e-4, min=-5, max=-2, step=0.25, description="learning rate",
-            style={"description_width": "initial"},
-        )  # fmt: skip
+            value=3e-4, min=-5, max=-2, step=0.25, description="learning rate", style={"description_width": "initial"}
+        )
         self.distill = _button("Distill")
         self.heal = _button("Heal in closed form")
         return w.VBox(
@@ -123,20 +118,12 @@ class Controls:
         self.figure_kind = w.Dropdown(options=list(FIGURES), description="figure")
         self.text = w.Textarea(value=prompt, rows=2, description="text", layout=w.Layout(width="98%"))
         self.draw = _button("Draw")
-        self.save_as = w.Dropdown(
-            options=["PNG", "SVG", "CSV"], description="save as", layout=w.Layout(width="180px")
-        )
+        self.save_as = w.Dropdown(options=["PNG", "SVG", "CSV"], description="save as", layout=w.Layout(width="180px"))
         self.save = _button("Save")
         self.figure = w.HTML()
         self.code = _note()
         return w.VBox(
-            [
-                self.figure_kind,
-                self.figure,
-                self.text,
-                w.HBox([self.draw, self.save_as, self.save]),
-                self.code,
-            ]
+            [self.figure_kind, self.figure, self.text, w.HBox([self.draw, self.save_as, self.save]), self.code]
         )
 
 

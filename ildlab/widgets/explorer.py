@@ -41,9 +41,7 @@ class Explorer:
         self.status = w.HTML()
         self.about = w.HTML()
         self.figure = w.HTML()
-        self.metric = w.Dropdown(
-            options=[m for m in ONE_PASS if m not in ("lrp", "taylor")], description="metric"
-        )
+        self.metric = w.Dropdown(options=[m for m in ONE_PASS if m not in ("lrp", "taylor")], description="metric")
         self.kind = w.Dropdown(options=VIEWS, description="figure")
         self.sentence = w.Text(value=sentence, description="sentence", layout=w.Layout(width="98%"))
         self.strip = Strip(self.stack.layer_ids, lambda _: self._describe())
@@ -57,8 +55,7 @@ class Explorer:
     def scores(self):
         """Scores of the metric chosen; measured once."""
         return self._once(
-            ("scores", self.metric.value),
-            lambda: measure(self.stack, self.blocks, self.metric.value, show=False),
+            ("scores", self.metric.value), lambda: measure(self.stack, self.blocks, self.metric.value, show=False)
         )
 
     def refresh(self) -> None:
@@ -78,9 +75,7 @@ class Explorer:
             return plots.importance(self.scores), f"{self.scores.metric} of each layer."
         if kind == "redundancy":
             matrix = self._once(kind, lambda: redundancy(self.stack, self.blocks, "cosine", show=False))
-            return plots.redundancy_heatmap(
-                matrix, "cosine"
-            ), "Cosine between hidden states of every two layers."
+            return plots.redundancy_heatmap(matrix, "cosine"), "Cosine between hidden states of every two layers."
         text = self.sentence.value
         table = self._once((kind, text), lambda: logit_lens(self.stack, text, self.tokenizer))
         return plots.logit_lens_map(table), "What each layer's hidden state would predict."

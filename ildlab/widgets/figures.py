@@ -72,9 +72,7 @@ def _branches(session, text):
     here = session.journal.head.step
     tables = {f"step {leaf}": history_table(session, leaf) for leaf in leaves if leaf != here}
     tables["today's student"] = history_table(session, here)
-    tables = {
-        name: t for name, t in tables.items() if t["perplexity"].fillna(t["perplexity_pruned"]).count() > 1
-    }
+    tables = {name: t for name, t in tables.items() if t["perplexity"].fillna(t["perplexity_pruned"]).count() > 1}
     if not tables:
         return None
     data = pd.concat(tables, names=["branch"])
@@ -104,11 +102,7 @@ def _redundancy(session, text):
     from ildlab.importance.hidden_states import redundancy
 
     matrix = redundancy(session.student, session.text("calibration").tokens[:8], "cosine")
-    return (
-        plots.redundancy_heatmap(matrix, "cosine"),
-        matrix,
-        "Cosine between hidden states of every two layers.",
-    )
+    return (plots.redundancy_heatmap(matrix, "cosine"), matrix, "Cosine between hidden states of every two layers.")
 
 
 def _lens(session, text):
@@ -167,9 +161,7 @@ def _code(kind: str) -> str:
 
 def live_losses(records: list[dict]) -> str:
     """The curves of the distillation in hand."""
-    return plots.to_html(
-        plots.loss_curves(pd.DataFrame(records)), "Losses of the distillation in hand.", scale=1.0
-    )
+    return plots.to_html(plots.loss_curves(pd.DataFrame(records)), "Losses of the distillation in hand.", scale=1.0)
 
 
 def evaluation_html(session) -> str:
@@ -214,7 +206,5 @@ def step_labels(session) -> list[tuple[str, int]]:
         elif step.action == "evaluate":
             what += f": perplexity {step.result['evaluation']['perplexity']:.2f}"
         mark = "●" if step.step in on_path else "○"
-        labels.append(
-            (f"{'  ' * depth[step.step]}{mark} {step.step}: {what} ({step.seconds:.0f} s)", step.step)
-        )
+        labels.append((f"{'  ' * depth[step.step]}{mark} {step.step}: {what} ({step.seconds:.0f} s)", step.step))
     return labels

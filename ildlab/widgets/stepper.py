@@ -132,9 +132,12 @@ class Stepper(Controls):
         scores = session.scores
         suggested = scores.least_important if scores else None
         self.strip.show(
-            scores or session.latest_scores, here=session.student.layer_ids, off=self._off, trained=session.trained,
+            scores or session.latest_scores,
+            here=session.student.layer_ids,
+            off=self._off,
+            trained=session.trained,
             suggested=suggested,
-        )  # fmt: skip
+        )
         self._forecast()
         self._describe()
         table = session.history()
@@ -191,15 +194,11 @@ class Stepper(Controls):
                 self.failed = error
                 drawn = figures.undrawn(kind, f"“{kind}” could not be drawn: {error}")
         self.figure.value, self._axes, self._data = drawn.html, drawn.axes, drawn.data
-        self.code.value = (
-            f"<details><summary>show me the code</summary><pre>{html.escape(drawn.code)}</pre></details>"
-        )
+        self.code.value = f"<details><summary>show me the code</summary><pre>{html.escape(drawn.code)}</pre></details>"
 
     # ------------------------------------------------------------------ jobs
 
-    def _job(
-        self, name: str, make: Callable[[], Any], then: Callable[[Any], str | None] | None = None
-    ) -> None:
+    def _job(self, name: str, make: Callable[[], Any], then: Callable[[Any], str | None] | None = None) -> None:
         """Run a generator as the job in hand; `then` turns its result into words."""
         self.failed = None
         self._started = time.perf_counter()
@@ -358,9 +357,7 @@ class Stepper(Controls):
             self._kept = (kind, self.session.journal.head.step, drawn)
             return f"Drawn: {kind}."
 
-        self._job(
-            kind, lambda: _at_once(lambda: figures.draw(kind, self.session, text=text, heavy=True)), done
-        )
+        self._job(kind, lambda: _at_once(lambda: figures.draw(kind, self.session, text=text, heavy=True)), done)
 
     def _save(self) -> None:
         if self._axes is None:
@@ -387,17 +384,14 @@ class Stepper(Controls):
         if self._static is not None:
             from IPython.display import HTML
 
-            self._static.update(
-                HTML(f"<details><summary>as it stands</summary>{self.static_html()}</details>")
-            )
+            self._static.update(HTML(f"<details><summary>as it stands</summary>{self.static_html()}</details>"))
 
     def _ipython_display_(self) -> None:
         from IPython.display import HTML, display
 
         display(self.view)
         self._static = display(
-            HTML(f"<details open><summary>as it stands</summary>{self.static_html()}</details>"),
-            display_id=True,
+            HTML(f"<details open><summary>as it stands</summary>{self.static_html()}</details>"), display_id=True
         )
 
     def _repr_html_(self) -> str:

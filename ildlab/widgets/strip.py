@@ -46,10 +46,7 @@ class Strip:
     """
 
     def __init__(
-        self,
-        layer_ids: list[int],
-        on_select: Callable[[int], None],
-        on_toggle: Callable[[], None] | None = None,
+        self, layer_ids: list[int], on_select: Callable[[int], None], on_toggle: Callable[[], None] | None = None
     ):
         self.layer_ids = list(layer_ids)
         # The slider has to stand somewhere: until a person chooses, a click on that cell only selects it.
@@ -62,10 +59,7 @@ class Strip:
             cell.on_click(lambda _, i=layer_id: self._clicked(i))
             self.cells[layer_id] = cell
         self.slider = w.SelectionSlider(
-            options=self.layer_ids,
-            description="layer",
-            continuous_update=True,
-            layout=w.Layout(width="420px"),
+            options=self.layer_ids, description="layer", continuous_update=True, layout=w.Layout(width="420px")
         )
         self.slider.add_class("ildlab-layer")
         self.slider.observe(lambda change: self._selected(change["new"]), names="value")
@@ -115,13 +109,9 @@ class Strip:
             The layer that the scores would remove; marked "▼".
         """
         table = None if scores is None else scores.table
-        low, high = (
-            (0, 1) if table is None else (float(table["score"].min()), float(table["score"].quantile(0.9)))
-        )
+        low, high = (0, 1) if table is None else (float(table["score"].min()), float(table["score"].quantile(0.9)))
         for layer_id, cell in self.cells.items():
-            value = (
-                float(table.at[layer_id, "score"]) if table is not None and layer_id in table.index else None
-            )
+            value = float(table.at[layer_id, "score"]) if table is not None and layer_id in table.index else None
             gone = layer_id not in here
             sign = "×" if gone else "▼" if layer_id == suggested else "*" if layer_id in trained else ""
             cell.description = f"{layer_id}{sign}\n" + ("" if value is None or gone else f"{value:.3g}")
@@ -134,9 +124,7 @@ class Strip:
                 words.append("removed")
             elif value is not None:
                 row = table.loc[layer_id]
-                words.append(
-                    f"{scores.metric} {value:.4g} [{row.ci_low:.4g}, {row.ci_high:.4g}], n={int(row.n)}"
-                )
+                words.append(f"{scores.metric} {value:.4g} [{row.ci_low:.4g}, {row.ci_high:.4g}], n={int(row.n)}")
             words += ["trained"] * (layer_id in trained) + ["switched off"] * (layer_id in off)
             words += ["least important"] * (layer_id == suggested)
             cell.tooltip = ", ".join(words)

@@ -47,10 +47,7 @@ class Worker:
         return not self._go.is_set()
 
     def start(
-        self,
-        make: Callable[[], Work],
-        on_progress: Callable[[Progress], None],
-        on_end: Callable[[Outcome], None],
+        self, make: Callable[[], Work], on_progress: Callable[[Progress], None], on_end: Callable[[Outcome], None]
     ) -> bool:
         """Run `make()` to its end; False, and nothing else, where a job is running already."""
         if not self._busy.acquire(blocking=False):

@@ -19,9 +19,15 @@ import nbformat
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-]  # fmt: skip
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,10 +43,7 @@ def jupyterlab(root: Path, cells: list[str], theme: str = "JupyterLab Light") ->
     nbformat.write(notebook, work / "stepper.ipynb")
     settings = root / "settings"
     quiet = {"fetchNews": "false", "checkForUpdates": False}
-    for name, values in (
-        ("apputils-extension/notification", quiet),
-        ("apputils-extension/themes", {"theme": theme}),
-    ):
+    for name, values in (("apputils-extension/notification", quiet), ("apputils-extension/themes", {"theme": theme})):
         file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
@@ -56,10 +59,18 @@ def jupyterlab(root: Path, cells: list[str], theme: str = "JupyterLab Light") ->
         "PYTHONPATH": str(ROOT),
     }
     command = [
-        sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-        "--ServerApp.port_retries=0", "--IdentityProvider.token=t0ken", f"--ServerApp.root_dir={work}",
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=t0ken",
+        f"--ServerApp.root_dir={work}",
         "--LabApp.expose_app_in_browser=True",
-    ]  # fmt: skip
+    ]
     log = open(root / "lab.log", "w")
     server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=work)
     base = f"http://127.0.0.1:{port}"
@@ -85,9 +96,12 @@ def browser(profile: Path, height: int = 1250) -> Iterator:
 
     with sync_playwright() as play:
         context = play.chromium.launch_persistent_context(
-            str(profile), executable_path=CHROMIUM, headless=True, args=FLAGS,
+            str(profile),
+            executable_path=CHROMIUM,
+            headless=True,
+            args=FLAGS,
             viewport={"width": 1250, "height": height},
-        )  # fmt: skip
+        )
         page = context.new_page()
         page.errors = []
         page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)

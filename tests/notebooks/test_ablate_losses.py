@@ -16,7 +16,7 @@ def test_papermill_runs_every_loss_for_every_seed(tmp_path, tiny_folder, text_fi
     parameters = {
         "model": str(tiny_folder), "text": str(text_file), "removed": [2], "tokens": 256, "eval_tokens": 128,
         "block": 32, "seeds": [3, 4], "dtype": "float32", "learning_rate": 1e-3,
-    }  # fmt: skip
+    }
     made = papermill.execute_notebook(
         str(NOTEBOOK), str(tmp_path / "out.ipynb"), parameters=parameters, cwd=str(tmp_path), progress_bar=False
     )

@@ -51,7 +51,7 @@ def test_the_demo_and_papermill_that_goes_on_with_its_run(parameters, tmp_path):
     first = nbformat.read(folder / "report.ipynb", 4)
     assert "5 layers" in text_of(first)
     html = [o.data["text/html"] for c in first.cells if c.cell_type == "code" for o in c.outputs if "data" in o
-            and "text/html" in o.data]  # fmt: skip
+            and "text/html" in o.data]
     assert sum('alt="' in page for page in html) == 5
     assert (folder / "checkpoint-5-layers" / "model.safetensors").is_file()
     # The same folder again, one layer further: nothing that was done is done twice.
