@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "load": ["LoadedModel", "load_model", "prepare_bundled"],
+        "generate": ["greedy"],
         "stack": ["LayerStack", "Trunk", "shared_prefix"],
     },
 )
