@@ -45,7 +45,7 @@ $(TEXT): | $(STAMP)
 	@touch $@
 
 demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoint
-	$(BIN)/python -m ildlab.session.demo
+	$(BIN)/python tools/demo.py
 
 test: setup browser  ## All tests, and every notebook from top to bottom
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from ildlab.files import cache_dir
-from ildlab.importance.ablation import token_scores
 from ildlab.importance.samples import Positions, Rows
 from ildlab.importance.scores import measure
+from ildlab.model.head import branch_nll
 from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
 from ildlab.text.blocks import load_text
@@ -79,7 +79,7 @@ def separate(stack: LayerStack, rows: Rows, positions: int | None) -> None:
     batch = rows.tokens.long()
 
     def score():
-        places.mean(token_scores(stack, [places.take(stack.final(batch))], targets=places.targets)[0]).cpu()
+        places.mean(branch_nll(stack, [places.take(stack.final(batch))], places.targets)[0]).cpu()
 
     score()
     for layer_id in stack.layer_ids:

@@ -46,8 +46,12 @@ class SessionError(IldlabError):
     """A pruning step is not possible in the session's present state."""
 
 
+class FileError(IldlabError):
+    """A file or folder cannot be written: the disk is full, or it is not ours to write."""
+
+
 class JournalError(IldlabError):
-    """A run folder cannot be read, written or locked."""
+    """A run folder holds no run, another one, or a damaged one, or is locked."""
 
 
 class ExportError(IldlabError):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from ildlab.errors import IldlabError, JournalError
+from ildlab.errors import FileError, IldlabError
 
 _COUNT = count()
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -30,7 +30,7 @@ def cache_dir(*parts: str) -> Path:
 
     Raises
     ------
-    JournalError
+    FileError
         The folder cannot be made.
     """
     root = Path(os.environ.get("ILDLAB_CACHE") or Path.home() / ".cache" / "ildlab").expanduser()
@@ -61,16 +61,16 @@ def data_dir() -> Path:
     )
 
 
-def disk_error(path: str | os.PathLike, error: OSError) -> JournalError:
+def disk_error(path: str | os.PathLike, error: OSError) -> FileError:
     """Put an OSError met while writing `path` into words for a person."""
     if error.errno in _FULL:
-        return JournalError(
+        return FileError(
             f"The disk is full (or over quota): {path} could not be written. What was there before is "
             "untouched. Free some space, or point the run folder or ILDLAB_CACHE elsewhere, and try again."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return JournalError(f"No permission to write {path}. Choose a folder that you may write to.")
-    return JournalError(f"{path} could not be written: {error.strerror or error}.")
+        return FileError(f"No permission to write {path}. Choose a folder that you may write to.")
+    return FileError(f"{path} could not be written: {error.strerror or error}.")
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
     Raises
     ------
-    JournalError
+    FileError
         The disk is full, or the file cannot be written.
     """
     path = Path(path)
@@ -134,7 +134,7 @@ def write_atomic(path: str | os.PathLike, content: bytes | str) -> Path:
 
     Raises
     ------
-    JournalError
+    FileError
         The disk is full, or the file cannot be written; an existing file is left as it was.
     """
     with atomic_file(path) as temporary:

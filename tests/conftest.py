@@ -61,7 +61,7 @@ def tiny():
 @pytest.fixture
 def short_speed(monkeypatch):
     """Generation is timed over a few tokens: what it gives is not what is tested."""
-    from ildlab.evaluate.text_quality import generation
+    from ildlab.evaluate import generation
 
     real = generation.generation_speed
     monkeypatch.setattr(generation, "generation_speed", lambda *a: real(*a, new_tokens=2, rounds=1))

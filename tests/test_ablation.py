@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ildlab.importance import ablation
-from ildlab.importance.ablation import branches, sweep, token_scores
+from ildlab.importance.ablation import branches, sweep
 from ildlab.importance.scores import measure
+from ildlab.model.head import branch_kl, branch_nll
 from ildlab.model.stack import LayerStack
 
 
@@ -71,7 +72,7 @@ def oracle(stack, tokens, teacher=None, mask=None):
 def test_sweep_equals_removed_models_in_fp64(pair, tokens, metric, limit):
     teacher, student = pair
     want = oracle(student, tokens, teacher if metric == "kl" else None)
-    got = measure(student, tokens, metric, teacher, batch_size=4, max_branch_bytes=limit, chunk_bytes=97 * 4 * 10)
+    got = measure(student, tokens, metric, teacher, batch_size=4, max_branch_bytes=limit)
     np.testing.assert_allclose(got.per_sequence, want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.table.score, want.mean(0), rtol=1e-5, atol=1e-6)
     assert got.layer_ids == [0, 1, 2, 4, 5]
@@ -164,10 +165,10 @@ def test_token_scores_survive_large_logits(tiny, tokens):
     stack = LayerStack(tiny(3))
     hidden = stack.final(tokens[:1])[0].detach()
     stack.model.lm_head.weight.data.mul_(200)
-    got = token_scores(stack, [hidden], targets=tokens[0])[0]
+    got = branch_nll(stack, [hidden], tokens[0])[0]
     log_p = stack.logits(hidden).double().log_softmax(-1)
     torch.testing.assert_close(got.double(), -log_p.gather(1, tokens[0][:, None])[:, 0], rtol=1e-5, atol=1e-4)
-    same = token_scores(stack, [hidden], teacher=stack, teacher_hidden=hidden)[0]
+    same = branch_kl(stack, [hidden], stack, hidden)[0]
     assert float(same.abs().max()) < 1e-5
 
 

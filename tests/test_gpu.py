@@ -79,7 +79,6 @@ def test_the_whole_loop(tiny_folder, text_file, tmp_path, dtype):
         calibration_tokens=256,
         train_tokens=512,
         eval_tokens=256,
-        heal=True,
     ) as session:
         session.run(target_layers=4)
         assert session.student.device.type == torch.device(DEVICE).type

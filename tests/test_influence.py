@@ -133,7 +133,7 @@ def test_taylor_is_the_derivative(small, tokens, positions):
     log_p = double.logits(hidden).log_softmax(-1)
     at = log_p.gather(1, places.index[..., None].expand(-1, -1, 97)).gather(2, places.targets[..., None])
     (want,) = torch.autograd.grad(at.mean(1).sum(), scale)
-    got = measure(small, tokens, "taylor", positions=positions, seed=3, batch_size=2, chunk_bytes=97 * 4 * 7)
+    got = measure(small, tokens, "taylor", positions=positions, seed=3, batch_size=2)
     np.testing.assert_allclose(got.per_sequence, want, rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in small.model.parameters())
 

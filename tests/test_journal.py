@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from ildlab.errors import JournalError
+from ildlab.errors import FileError, JournalError
 from ildlab.session import journal as module
 from ildlab.session.journal import Journal
 
@@ -115,7 +115,7 @@ def test_disk_full_while_writing_the_line(run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(JournalError, match="full"):
+    with pytest.raises(FileError, match="full"):
         run.append("remove", layer_ids=[0, 2], args={"layer_id": 1})
     monkeypatch.undo()
     assert path.read_bytes() == before
@@ -131,7 +131,7 @@ def test_disk_full_while_writing_weights(run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(JournalError, match="full"):
+    with pytest.raises(FileError, match="full"):
         run.append("distill", layer_ids=[0], tensors={"a": torch.ones(1)})
     assert len(run.steps) == 1
     assert list((run.folder / "weights").iterdir()) == []

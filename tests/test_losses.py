@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ildlab.distill.fused import fused_divergence, plain_head
-from ildlab.distill.losses import Divergence, divergence, hidden_distance, naive_divergence, normed
+from ildlab.distill.fused import fused_divergence
+from ildlab.distill.losses import Divergence, divergence, hidden_distance, naive_divergence
 from ildlab.errors import DistillError
+from ildlab.model.head import normed, plain_head
 from ildlab.model.stack import LayerStack
 
 SPECS = [

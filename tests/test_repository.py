@@ -19,7 +19,7 @@ import yaml
 
 import ildlab
 from ildlab import files
-from ildlab.errors import IldlabError, JournalError
+from ildlab.errors import FileError, IldlabError
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -152,7 +152,7 @@ def test_cache_dir_honours_the_environment(tmp_path, monkeypatch):
     assert files.cache_dir() == tmp_path / ".cache" / "ildlab"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ILDLAB_CACHE", str(tmp_path / "file"))
-    with pytest.raises(JournalError):
+    with pytest.raises(FileError):
         files.cache_dir("sub")
 
 
@@ -184,14 +184,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, messa
         raise OSError(number, "injected")
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(JournalError, match=message):
+    with pytest.raises(FileError, match=message):
         files.write_atomic(file, "new")
     assert file.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_full_disk_under_safetensors_is_named(tmp_path):
-    with pytest.raises(JournalError, match="disk is full"):
+    with pytest.raises(FileError, match="disk is full"):
         with files.atomic_file(tmp_path / "a.safetensors"):
             raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(ZeroDivisionError):

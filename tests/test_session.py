@@ -113,13 +113,6 @@ def test_prune_only_then_one_final_distillation(make):
     assert len(session.steps) == before
 
 
-def test_healing_without_distillation(make):
-    session = make(heal=True)
-    session.run(target_layers=5, distill=False)
-    actions = [s.action for s in session.path if s.action in ("remove", "heal", "evaluate")]
-    assert actions == ["evaluate", "remove", "evaluate", "heal", "evaluate"]
-
-
 def test_a_final_distillation_follows_those_of_each_step_and_resumes(make):
     session = make()
     final = {"tokens": 16 * 32}
@@ -356,7 +349,6 @@ def test_one_action_at_a_time(make):
         session.measure,
         session.evaluate,
         session.distill,
-        session.heal,
         lambda: session.remove(3),
         lambda: session.generate("def"),
         lambda: session.export("nowhere"),
@@ -441,20 +433,6 @@ def test_phases_follow_what_a_person_did(make):
     assert next_phase(session) == "evaluate"
     session.evaluate()
     assert next_phase(session) == "measure"
-
-
-def test_heal_is_a_step_of_its_own(make):
-    session = make(heal=True)
-    session.remove(2)
-    session.evaluate(speed=False)
-    assert next_phase(session) == "heal"
-    result = session.heal()
-    step = session.journal.head
-    assert step.action == "heal" and (step.weights is not None) == result.kept
-    assert next_phase(session) == "distill"
-    assert torch.equal(
-        logits(session.student_at(step.step), session.tokenizer), logits(session.student, session.tokenizer)
-    )
 
 
 def test_stopping_keeps_what_was_trained(make):

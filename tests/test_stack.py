@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ildlab.errors import SessionError, UnsupportedModelError
-from ildlab.model.stack import LayerStack, shared_prefix
+from ildlab.model.shared import shared_prefix
+from ildlab.model.stack import LayerStack
 
 FAMILIES = {
     "llama": ("LlamaConfig", {}),

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from ildlab.files import cache_dir
-from ildlab.importance.ablation import _race, branches, token_scores
+from ildlab.importance.ablation import _race, branches
 from ildlab.importance.samples import Positions, Rows, Samples
+from ildlab.model.head import branch_nll
 from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
 from ildlab.text.blocks import load_text
@@ -46,7 +47,7 @@ def damages(stack: LayerStack, tokens: torch.Tensor) -> tuple[np.ndarray, np.nda
         del states
         work = branches(stack, [stack.trunk(rows.batch(every))])
         hidden = [places.take(h[0]) for _, wave in work for h in wave]
-        scores = token_scores(stack, [*hidden, whole], targets=places.targets)
+        scores = branch_nll(stack, [*hidden, whole], places.targets)
         rise = (scores[:-1] - scores[-1]).view(len(hidden), len(every), -1)
         found.append(rise.permute(1, 0, 2).cpu().numpy())
         print(f"  {part + len(every)} of {len(tokens)} sequences", flush=True)

@@ -18,7 +18,6 @@ import pandas as pd
 from judge_students import unspaced
 
 from ildlab import load_model, load_text
-from ildlab.distill.heal import heal
 from ildlab.distill.train import DistillConfig, distill
 from ildlab.evaluate.text_quality import evaluate
 from ildlab.model.stack import LayerStack
@@ -41,7 +40,6 @@ WAYS = {
     "window(3), KL + relative MSE": {"scope": "window(3)", "hidden_weight": 1.0},
     "window(3), after each removal, 5e-4": {"scope": "window(3)", "spread": True, "learning_rate": 5e-4},
     "LoRA, rank 32, 2e-3": {"lora_rank": 32, "learning_rate": 2e-3},
-    "healed first": {"heal": True},
     "a share after each removal, 2e-4": {"spread": True, "learning_rate": 2e-4},
     "a share after each removal, 5e-4": {"spread": True, "learning_rate": 5e-4},
     "DistillConfig.paper()": {"paper": True},
@@ -51,15 +49,13 @@ WAYS = {
 def train(student: LayerStack, teacher: LayerStack, removed: list[int], blocks, fitting, way: dict) -> int:
     """Remove the layers and distill in one of the ways; returns how many layers trained last."""
     way = dict(way)
-    healed, spread, paper = (way.pop(name, False) for name in ("heal", "spread", "paper"))
+    spread, paper = (way.pop(name, False) for name in ("spread", "paper"))
     config = DistillConfig.paper() if paper else DistillConfig(**{**BASE, **way})
     parts = [[i] for i in removed] if spread else [removed]
     share = len(blocks) // len(parts)
     for number, gap in enumerate(parts):
         for layer_id in gap:
             student.remove(layer_id)
-            if healed:
-                heal(student, teacher, fitting, layer_id, show=False)
         rows = blocks.tokens[number * share : (number + 1) * share]
         result = distill(student, teacher, rows, config, gap=gap, show=False)
     return len(result.trained)

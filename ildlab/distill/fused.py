@@ -7,9 +7,10 @@ computed chunk by chunk in the forward pass, so that logits of a whole batch, [B
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ildlab.distill.losses import Divergence, kl_per_token, log_mixture, log_probabilities, normed
+from ildlab.distill.losses import Divergence, log_mixture
+from ildlab.model.head import kl_per_token, log_probabilities, normed, plain_head
 from ildlab.model.stack import LayerStack
 
 
@@ -156,28 +157,6 @@ def _tail(stack: LayerStack, hidden: Tensor, chunk: int, want_grad: bool) -> _Ow
     if matrix is None:
         return _OwnTail(stack, hidden, want_grad)
     return _MatrixTail(stack, hidden, matrix, chunk, want_grad)
-
-
-def plain_head(stack: LayerStack, probe: Tensor) -> Tensor | None:
-    """The head's matrix [V, d] where the model's logits are its product with the normed hidden state.
-
-    Seen on `probe` [1, d]: what the head returns must be, bit for bit, what the model returns. None for a head
-    with a bias, a scale or a soft-cap after it, for one that trains, and for half-precision models.
-    """
-    head = stack.model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return None
-    if head.weight.dtype not in (torch.float32, torch.float64) or head.weight.device != probe.device:
-        return None
-    seen: list[Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
-    try:
-        with torch.no_grad():
-            logits = stack.logits(probe)
-    finally:
-        handle.remove()
-    plain = len(seen) == 1 and torch.equal(seen[0].flatten(), logits.flatten())
-    return head.weight.detach() if plain else None
 
 
 class _OwnTail:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ildlab.errors import DistillError
+from ildlab.model.head import kl_per_token, log_probabilities, nll_per_token, wide
 from ildlab.model.stack import LayerStack
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -119,7 +119,7 @@ def naive_divergence(
     loss = (each * weights).sum()
     ce = torch.zeros_like(loss)
     if labels is not None:
-        each_ce = -log_probabilities(wide(logits)).gather(1, labels[:, None])[:, 0]
+        each_ce = nll_per_token(log_probabilities(logits), labels)
         loss = loss + (each_ce * label_weights).sum()
         ce = (each_ce.detach() * (label_weights != 0)).sum()
     counted = weights != 0
@@ -127,77 +127,5 @@ def naive_divergence(
     return loss, torch.stack([(each.detach() * counted).sum(), ce, agree.to(loss.dtype)])
 
 
-def log_probabilities(logits: Tensor) -> Tensor:
-    # On a CPU in fp32, torch's log_softmax adds up a large vocabulary with an error of 3e-5; logsumexp does not.
-    return logits - logits.logsumexp(-1, keepdim=True)
-
-
-def kl_per_token(loga: Tensor, logb: Tensor) -> Tensor:
-    """KL(a || b) from log-probabilities.
-
-    `- a + b` sums to 0 but for rounding; with it, an error in either normaliser (about 1e-6 in fp32, which
-    is what is left of a logsumexp near 20) cancels to first order instead of adding to the result.
-    """
-    a = loga.exp()
-    return (a * (loga - logb) - a + logb.exp()).sum(-1)
-
-
 def log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
     return torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In fp32, or in fp64 where it is."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def in_fp64(x: Tensor) -> Tensor:
-    """In fp64, or in fp32 where the device has no fp64 (MPS)."""
-    return x.float() if x.device.type == "mps" else x.double()
-
-
-# ------------------------------------------------------------- after the norm
-
-
-class _HeadReached(Exception):
-    """Raised in front of the head, whose product is not wanted."""
-
-
-def normed(stack: LayerStack, hidden: Tensor) -> Tensor:
-    """What the head is given for a final hidden state: after the model's own final norm.
-
-    Parameters
-    ----------
-    stack : LayerStack
-    hidden : Tensor [..., d]
-        h[L], pre-norm.
-
-    Returns
-    -------
-    Tensor [..., d]. Gradients flow to `hidden`.
-
-    Raises
-    ------
-    DistillError
-        The model does not say which module its head is.
-    """
-    head: nn.Module | None = stack.model.get_output_embeddings()
-    if head is None:
-        raise DistillError(
-            f"{type(stack.model).__name__} does not say which module its head is, so the hidden state after "
-            "the final norm cannot be had: match before the norm (hidden_after_norm=False)."
-        )
-    seen: list[Any] = []
-
-    def stop(module, args, kwargs):
-        seen.append(args[0] if args else next(iter(kwargs.values())))
-        raise _HeadReached
-
-    handle = head.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        stack.logits(hidden)
-    except _HeadReached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0].reshape(*hidden.shape[:-1], -1)

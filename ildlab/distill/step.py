@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from ildlab.distill.bottoms import BottomStore
 from ildlab.distill.config import DistillConfig
 from ildlab.distill.fused import fused_divergence
-from ildlab.distill.losses import hidden_distance, naive_divergence, normed
-from ildlab.model.stack import LayerStack, shared_prefix
+from ildlab.distill.losses import hidden_distance, naive_divergence
+from ildlab.model.head import normed
+from ildlab.model.shared import shared_prefix
+from ildlab.model.stack import LayerStack
 
 
 @dataclass

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ildlab.distill.losses import in_fp64
 from ildlab.errors import SuiteError, TextError
 from ildlab.evaluate.record import Evaluation
-from ildlab.importance.samples import expansion
-from ildlab.model.stack import LayerStack, Trunk, shared_prefix
+from ildlab.model.capture import Trunk
+from ildlab.model.head import in_fp64
+from ildlab.model.shared import shared_prefix
+from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, drive
+from ildlab.stats import expansion
 
 if TYPE_CHECKING:
     from ildlab.text.blocks import TextBlocks

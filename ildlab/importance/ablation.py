@@ -17,15 +17,18 @@ from torch import Tensor
 from ildlab.errors import MeasureError
 from ildlab.importance.batches import Halving, rounds, world
 from ildlab.importance.one_pass import block_influence
-from ildlab.importance.samples import Positions, Rows, Samples, t_quantile
+from ildlab.importance.samples import Positions, Rows, Samples
 from ildlab.importance.scores import LayerScores
+from ildlab.model.capture import Trunk
+from ildlab.model.head import branch_kl, branch_nll
 from ildlab.model.offload import is_offloaded, resident
-from ildlab.model.stack import LayerStack, Trunk, shared_prefix
+from ildlab.model.shared import shared_prefix
+from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress
+from ildlab.stats import t_quantile
 
 MAX_BRANCH_BYTES = 2 * 2**30
 COMMON = 4  # sequences' worth of faith in the variance that the layers have in common
-CHUNK_BYTES = 48 * 2**20  # of fp32 logits at one time: larger chunks fall out of the CPU's cache
 
 
 @torch.no_grad()
@@ -137,53 +140,6 @@ def sweep(
     return torch.stack([found[layer_id] for layer_id in ids])
 
 
-@torch.no_grad()
-def token_scores(
-    student: LayerStack,
-    hidden: Sequence[Tensor],
-    *,
-    targets: Tensor | None = None,
-    teacher: LayerStack | None = None,
-    teacher_hidden: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
-) -> Tensor:
-    """NLL of the targets, or KL(teacher || student), at n tokens for several final hidden states.
-
-    Log-softmax in fp32, a chunk of tokens at a time; the teacher's is computed once a chunk and
-    serves all of `hidden`.
-
-    Parameters
-    ----------
-    hidden : sequence of Tensor [n, d]
-        Final hidden states, pre-norm, of the student's variants.
-    targets : Tensor [n] of int64
-        For the NLL.
-    teacher, teacher_hidden : LayerStack, Tensor [n, d]
-        For the KL.
-
-    Returns
-    -------
-    Tensor [len(hidden), n] float32, in nats
-    """
-    n = hidden[0].shape[0]
-    out = torch.empty(len(hidden), n, device=hidden[0].device)
-    vocabulary = student.model.get_input_embeddings().weight.shape[0]
-    chunk = max(1, chunk_bytes // (4 * vocabulary))
-    for s in range(0, n, chunk):
-        part = slice(s, s + chunk)
-        if targets is None:
-            log_p = torch.log_softmax(teacher.logits(teacher_hidden[part]).float(), -1)
-            p = log_p.exp()
-            entropy = log_p.mul_(p).sum(-1)  # sum of p log p
-        for i, h in enumerate(hidden):
-            log_q = torch.log_softmax(student.logits(h[part]).float(), -1)
-            if targets is None:
-                out[i, part] = entropy - log_q.mul_(p).sum(-1)
-            else:
-                out[i, part] = -log_q.gather(1, targets[part, None])[:, 0]
-    return out
-
-
 class _Job:
     """One batch of an ablation metric: rows -> [rows, alive scores + whole student + weight + prior]."""
 
@@ -192,12 +148,10 @@ class _Job:
         self.metric, self.places, self.batch_size = metric, places, batch_size
         self.alive = student.layer_ids
         self.want_prior = False
-        self.max_branch_bytes, self.chunk_bytes = limits["max_branch_bytes"], limits["chunk_bytes"]
+        self.max_branch_bytes = limits["max_branch_bytes"]
         self.passes = self.heads = 0  # layer passes; heads: how often a batch's positions were scored
         # Up to where teacher and student are one: one pass serves both.
-        self.prefix = 0
-        if teacher is not None and _same_embedding(student, teacher):
-            self.prefix = shared_prefix(student, teacher)
+        self.prefix = 0 if teacher is None else shared_prefix(student, teacher)
 
     def _count(self, passes: int) -> None:
         self.passes += passes
@@ -220,7 +174,7 @@ class _Job:
                     prior[b].append(block_influence(seen["before", b], hidden, trunks[b].attention_mask))
                 seen["before", b] = hidden
 
-        scoring = [{"chunk_bytes": self.chunk_bytes, "targets": p.targets} for p in places]
+        reference: list[Tensor] = []  # the teacher's final states at the scored positions, [n, d] a batch
         tokens: list[list[Tensor]] = [[] for _ in parts]
         work = branches(
             self.student,
@@ -236,17 +190,20 @@ class _Job:
             picked = [[places[b].take(states[b]) for states in hidden] for b in every]
             hidden.clear()
             if self.metric == "kl" and number == 0:
-                for b, final in enumerate(self._teacher_final(parts, [seen.get(("prefix", b)) for b in every])):
-                    scoring[b] |= {"targets": None, "teacher": self.teacher, "teacher_hidden": places[b].take(final)}
+                final = self._teacher_final(parts, [seen.get(("prefix", b)) for b in every])
+                reference = [places[b].take(final[b]) for b in every]
             for b in every:
-                tokens[b] += token_scores(self.student, picked[b], **scoring[b])
+                if self.metric == "kl":
+                    tokens[b] += branch_kl(self.student, picked[b], self.teacher, reference[b])
+                else:
+                    tokens[b] += branch_nll(self.student, picked[b], places[b].targets)
                 self.heads += len(picked[b])
         out = []
         for b in every:
             scores = torch.stack(tokens[b])
             base = torch.zeros_like(scores[0])
             if self.metric == "nll":
-                base = token_scores(self.student, [seen["whole", b]], **scoring[b])[0]
+                base = branch_nll(self.student, [seen["whole", b]], places[b].targets)[0]
                 self.heads += 1
                 scores -= base
             columns = [places[b].mean(row) for row in (*scores, base)]
@@ -267,11 +224,6 @@ class _Job:
         return hidden
 
 
-def _same_embedding(student: LayerStack, teacher: LayerStack) -> bool:
-    mine, theirs = (stack.model.get_input_embeddings().weight for stack in (student, teacher))
-    return mine is theirs or (mine.device.type != "meta" and mine.data_ptr() == theirs.data_ptr())
-
-
 def ablation_steps(
     student: LayerStack,
     rows: Rows,
@@ -286,7 +238,6 @@ def ablation_steps(
     tie: float = 0.02,
     first: int = 2,
     max_branch_bytes: int = MAX_BRANCH_BYTES,
-    chunk_bytes: int = CHUNK_BYTES,
 ) -> Generator[Progress, None, LayerScores]:
     """Sweep all layers, or race them; `ildlab.measure` documents the common arguments.
 
@@ -307,14 +258,12 @@ def ablation_steps(
     max_branch_bytes : int
         Memory for the branches' hidden states (see `branches`). With offloaded layers, as many
         sequences as fit go through each layer while it is loaded.
-    chunk_bytes : int
-        Memory for the fp32 logits of one chunk of positions.
     """
-    if tie < 0 or first < 1 or max_branch_bytes < 1 or chunk_bytes < 1:
-        raise MeasureError("tie must not be negative; first, max_branch_bytes and chunk_bytes must be positive.")
+    if tie < 0 or first < 1 or max_branch_bytes < 1:
+        raise MeasureError("tie must not be negative; first and max_branch_bytes must be positive.")
     places = Positions.sample(rows, positions, seed, predict=metric == "nll")
     samples = Samples(metric, rows.source, student.layer_ids, len(rows.tokens), confidence)
-    limits = {"max_branch_bytes": max_branch_bytes, "chunk_bytes": chunk_bytes}
+    limits = {"max_branch_bytes": max_branch_bytes}
     job = _Job(student, teacher, rows, metric, places, batch_size, **limits)
     group = batch_size
     if is_offloaded(student.layers) and not race:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ildlab.distill.losses import in_fp64
+from ildlab.model.head import in_fp64
 
 TOKENS = 256  # in one Gram matrix
 

@@ -17,14 +17,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ildlab.distill.losses import in_fp64
 from ildlab.errors import MeasureError
 from ildlab.importance.cka import Cka
 from ildlab.importance.one_pass import unit
-from ildlab.importance.samples import Rows, expansion, means, percentiles, resamples
+from ildlab.importance.samples import Rows
+from ildlab.model.capture import Trunk
+from ildlab.model.head import in_fp64, log_probabilities
 from ildlab.model.offload import resident
-from ildlab.model.stack import LayerStack, Trunk
+from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, drive
+from ildlab.stats import interval, mean, means, resamples
 
 OUT = "out"
 
@@ -178,7 +180,7 @@ def logit_lens(model: LayerStack, text, tokenizer, *, teacher: LayerStack | None
         if stack is None:
             continue
         for layer, hidden in zip(_labels(stack), _walk(stack, stack.trunk(ids)), strict=True):
-            log_p = torch.log_softmax(stack.logits(hidden[0]).float(), -1)
+            log_p = log_probabilities(stack.logits(hidden[0]))
             best = log_p.topk(top, -1)
             entropy = (-(log_p.exp() * log_p).sum(-1)).tolist()
             following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp().tolist() + [np.nan]
@@ -323,13 +325,9 @@ def _drift_steps(
     if kind == "cka":
         score = np.array([1 - float(one.matrix()) for one in cka])
     else:
-        score = means(np.ones((1, total)), values, weights)[0]
+        score = mean(values, weights)
         if total > 1:
-            wider = expansion(total, 0.025)
-            low, high = (
-                score + (bound - score) * wider
-                for bound in percentiles(means(resamples(total), values, weights), (2.5, 97.5))
-            )
+            low, high = interval(score, means(resamples(total), values, weights), total)
     table = pd.DataFrame({"drift": score, "ci_low": low, "ci_high": high, "n": total}, index=labels)
     _finite(table[["drift"]], kind)
     return table

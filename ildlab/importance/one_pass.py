@@ -17,8 +17,10 @@ from ildlab.errors import MeasureError
 from ildlab.importance.batches import Halving, rounds, world
 from ildlab.importance.samples import Positions, Rows, Samples
 from ildlab.importance.scores import LayerScores
+from ildlab.model.capture import Trunk
+from ildlab.model.head import chunk_rows, log_probabilities, nll_per_token
 from ildlab.model.offload import is_offloaded, resident
-from ildlab.model.stack import LayerStack, Trunk
+from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress
 
 
@@ -156,8 +158,7 @@ def _taylor(student: LayerStack, batch, places: Positions, chunk: int) -> Tensor
     final = places.take(hidden[-1].detach()).requires_grad_()
     for s in range(0, len(final), chunk):
         # The graph of one chunk of logits at a time.
-        log_q = torch.log_softmax(student.logits(final[s : s + chunk]).float(), -1)
-        nll = -log_q.gather(1, places.targets[s : s + chunk, None])[:, 0]
+        nll = nll_per_token(log_probabilities(student.logits(final[s : s + chunk])), places.targets[s : s + chunk])
         torch.where(places.valid.flatten()[s : s + chunk], nll, 0.0).sum().backward()
     scored = places.take(hidden[-1])
     gradients = torch.autograd.grad(scored, hidden[1:], final.grad)
@@ -194,7 +195,6 @@ def one_pass_steps(
     tokens: str = "all",
     epsilon: float = 1e-6,
     max_branch_bytes: int = 2 * 2**30,
-    chunk_bytes: int = 48 * 2**20,
 ) -> Generator[Progress, None, LayerScores]:
     """Score all layers without an ablation; `ildlab.measure` documents the common arguments.
 
@@ -224,8 +224,6 @@ def one_pass_steps(
     max_branch_bytes : int
         With offloaded layers: memory for the hidden states of the sequences that go through each
         layer while it is loaded.
-    chunk_bytes : int
-        For `taylor`: memory for the fp32 logits of one chunk of positions.
     """
     if tokens not in ("all", "last"):
         raise MeasureError(f"tokens={tokens!r}: 'all' or 'last'.")
@@ -239,13 +237,12 @@ def one_pass_steps(
         for q in range(len(student)):
             _query_projection(student, q)  # refuse before any work
     places = Positions.sample(rows, positions, seed, predict=True) if metric == "taylor" else None
-    vocabulary = student.model.get_input_embeddings().weight.shape[0]
 
     def job(picked: np.ndarray) -> Tensor:
         parts = [picked[i : i + batch_size] for i in range(0, len(picked), batch_size)]
         if places is not None:
             mine = [places.of(part, student.device) for part in parts]
-            chunk = max(1, chunk_bytes // (4 * vocabulary))
+            chunk = chunk_rows(student)
             values = [_taylor(student, rows.batch(p), m, chunk) for p, m in zip(parts, mine, strict=True)]
             return torch.cat([torch.cat(values), torch.cat([m.weights for m in mine])[:, None]], 1)
         batches = [rows.batch(part) for part in parts]

@@ -1,22 +1,18 @@
-"""Sequences to score on, and the statistics of scores: paired bootstrap, ranks, Student's t."""
+"""Sequences to score on, which of their positions count, and the values that come in batch by batch."""
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 
 from ildlab.errors import MeasureError
 
 if TYPE_CHECKING:
     from ildlab.importance.scores import LayerScores
-
-RESAMPLES = 2000
 
 
 @dataclass
@@ -159,58 +155,3 @@ class Samples:
             confidence=self.confidence,
             details=self.details,
         )
-
-
-def resamples(count: int, seed: int = 0) -> np.ndarray:
-    """How often each of `count` sequences is drawn, [resamples, count]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
-
-
-def means(draws: np.ndarray, x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Weighted means [draws, L] of x [N, L] under `draws` [draws, N]; NaN where nothing was drawn."""
-    scored = ~np.isnan(x)
-    above = (draws * w) @ np.where(scored, x, 0.0)
-    below = (draws * w) @ scored.astype(float)
-    return np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-
-
-def percentiles(values: np.ndarray, at: tuple[float, ...]) -> np.ndarray:
-    """Percentiles over the first axis, [len(at), L]; NaN where a column has none."""
-    if not np.isnan(values).any():
-        return np.percentile(values, at, axis=0)
-    out = np.full((len(at), values.shape[1]), np.nan)
-    some = ~np.isnan(values).all(0)
-    if some.any():
-        out[:, some] = np.nanpercentile(values[:, some], at, axis=0)
-    return out
-
-
-def ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks within each row of x [n, L]; ties share their mean rank."""
-    return pd.DataFrame(x).rank(axis=1).to_numpy(float)
-
-
-def t_quantile(p: float, dof: int) -> float:
-    """Quantile of Student's t."""
-    from scipy.stats import t
-
-    return float(t.ppf(p, dof))
-
-
-def expansion(n: np.ndarray | int, tail: float) -> np.ndarray:
-    """How much wider than its percentile interval a bootstrap of n values has to be; of the shape of n.
-
-    Resampling draws from a spread with n in the place of n - 1, and its percentiles are a normal's where the
-    mean of few values follows Student's t: sqrt(n / (n - 1)) t / z (Hesterberg 2015).
-    """
-    from scipy.stats import norm, t
-
-    n = np.maximum(np.asarray(n, float), 2)
-    return np.sqrt(n / (n - 1)) * t.ppf(1 - tail, n - 1) / norm.ppf(1 - tail)
-
-
-def listed(values, digits: int | None = None) -> list:
-    return [
-        None if math.isnan(v) else float(f"{v:.{digits}g}") if digits else float(v) for v in np.asarray(values, float)
-    ]

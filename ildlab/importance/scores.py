@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ildlab.errors import MeasureError
-from ildlab.importance.samples import Rows, expansion, listed, means, percentiles, ranks, resamples
+from ildlab.importance.samples import Rows
 from ildlab.progress import Progress, drive
+from ildlab.stats import expansion, interval, listed, mean, means, percentiles, ranks, resamples
 
 ONE_PASS = ("block_influence", "angular_distance", "mse", "relative_l2", "lrp", "magnitude", "taylor")
 ABLATION = ("nll", "kl")
@@ -70,21 +71,16 @@ class LayerScores:
         Notes
         -----
         Every resample draws N sequences with replacement, the same for all layers (paired), and takes
-        the weighted mean. The percentile interval of Efron (1979) is too narrow for few sequences; it is
-        expanded about the mean to the width of a t interval (Hesterberg 2015, doi 10.1080/00031305.2015.1089789).
+        the weighted mean; `ildlab.stats.interval` makes bounds of them.
         """
         x, w = np.asarray(per_sequence, float), np.asarray(weights, float)
         index = pd.Index([int(i) for i in layer_ids], name="layer_id")
         scored = ~np.isnan(x)
         n = scored.sum(0)
-        score = means(np.ones((1, len(x))), x, w)[0]
+        score = mean(x, w)
+        low = high = np.full(len(index), np.nan)
         if len(x) >= 2:
-            tail = 50 * (1 - confidence)
-            low, high = percentiles(means(resamples(len(x)), x, w), (tail, 100 - tail))
-            wider = expansion(n, tail / 100)
-            low, high = score + (low - score) * wider, score + (high - score) * wider
-        else:
-            low = high = np.full(len(index), np.nan)
+            low, high = interval(score, means(resamples(len(x)), x, w), n, confidence)
         table = pd.DataFrame({"score": score, "ci_low": low, "ci_high": high, "n": n}, index=index)
         return cls(table, metric, source, seconds, x, w, confidence, dict(details or {}))
 
@@ -157,7 +153,7 @@ class LayerScores:
         if len(self.per_sequence) > 1:
             n = (~np.isnan(self.per_sequence)).sum(0)
             paired = self.per_sequence - self.per_sequence[:, [self.layer_ids.index(least)]]
-            gap = means(np.ones((1, len(paired))), paired, self.weights)[0]
+            gap = mean(paired, self.weights)
             bound = gap + (bound - gap) * expansion(n, alpha)
         close = [i for i, b in zip(self.layer_ids, bound, strict=True) if i != least and not b > 0]
         return [least, *sorted(close, key=lambda i: self.table.loc[i, "score"])]

@@ -19,10 +19,10 @@ from ildlab.evaluate.loglikelihood import Outcomes, batch_tokens, largest_tree, 
 from ildlab.evaluate.packing import make_batches
 from ildlab.evaluate.suites import load_suite
 from ildlab.importance.ablation import MAX_BRANCH_BYTES, branches
-from ildlab.importance.samples import t_quantile
 from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress
+from ildlab.stats import t_quantile
 
 FIRST = 1 / 16  # share of the examples that a race scores without every layer
 

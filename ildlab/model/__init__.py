@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "load": ["LoadedModel", "load_model", "prepare_bundled"],
         "generate": ["greedy"],
-        "stack": ["LayerStack", "Trunk", "shared_prefix"],
+        "capture": ["Trunk"],
+        "stack": ["LayerStack"],
+        "shared": ["both_final", "shared_prefix"],
     },
 )

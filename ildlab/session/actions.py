@@ -1,4 +1,4 @@
-"""What a session's long actions do: measure, heal, distill, evaluate, each ending in a step of the journal.
+"""What a session's long actions do: measure, distill, evaluate, each ending in a step of the journal.
 
 Generators of `Progress` over a `PruningSession`, which documents them; each holds the session for its whole
 life. One that is closed or fails leaves the student as the journal has it.
@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ildlab.distill.config import DistillConfig, match_points, resolve_scope
-from ildlab.distill.heal import HealResult, heal_steps
 from ildlab.distill.masters import decisive
 from ildlab.distill.train import distill_steps
-from ildlab.errors import DistillError, JournalError, NotFiniteError, SessionError
+from ildlab.errors import DistillError, FileError, JournalError, NotFiniteError, SessionError
 from ildlab.evaluate.text_quality import Evaluation, evaluate_steps
 from ildlab.importance.scores import LayerScores, measure_steps, options_of
 from ildlab.progress import Progress, relabel
@@ -56,30 +55,6 @@ def measure(
             seconds=time.perf_counter() - started,
         )
     return scores
-
-
-def heal(session: PruningSession, options: dict[str, Any]) -> Generator[Progress, None, HealResult]:
-    """Repair the gap in closed form and journal what came of it."""
-    with session.acting("heal"):
-        gap = _gap(session)
-        started = time.perf_counter()
-        try:
-            result = yield from heal_steps(
-                session.student, session.teacher, session.text("calibration"), gap, **options
-            )
-        except BaseException:
-            session.student = session.student_at(session.journal.head.step)
-            raise
-        changed = [result.layer_id] if result.kept else []
-        _commit(
-            session,
-            "heal",
-            changed,
-            args={"gap": gap, **options},
-            result=_plain(result.to_dict()),
-            seconds=time.perf_counter() - started,
-        )
-    return result
 
 
 def distill(
@@ -264,7 +239,7 @@ def _commit(session: PruningSession, action: str, changed: list[int], **fields: 
                 tensors[f"layer.{layer_id}.{name}"] = stored
     try:
         session._append(action, tensors=tensors or None, **fields)
-    except JournalError:
+    except (FileError, JournalError):
         session.student = session.student_at(session.journal.head.step)
         raise
 

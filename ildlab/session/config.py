@@ -42,8 +42,6 @@ class SessionConfig:
         Further arguments of `measure`, such as `{"race": True, "positions": 64}`.
     distill : dict
         Fields of `DistillConfig` that differ from its defaults.
-    heal : bool
-        Whether the loop tries closed-form healing before it distills.
     suite : str, optional
         Suite whose aggregate decides; without one, perplexity does.
     seed : int
@@ -64,7 +62,6 @@ class SessionConfig:
     metric: str = "kl"
     measure: dict[str, Any] = field(default_factory=dict)
     distill: dict[str, Any] = field(default_factory=dict)
-    heal: bool = False
     suite: str | None = None
     seed: int = 0
     weights_dtype: str = "auto"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ildlab.errors import ExportError, first_line
 from ildlab.files import disk_error
+from ildlab.model.generate import greedy
 from ildlab.model.load import quiet
 from ildlab.model.stack import LayerStack
 
@@ -270,19 +271,6 @@ def _kinds(config) -> list:
         if isinstance(kinds, (list, tuple)) and len(kinds) == config.num_hidden_layers:
             return list(kinds)
     return []
-
-
-@torch.no_grad()
-def greedy(model, ids: Tensor, *, tokens: int = 24, use_cache: bool = True) -> Tensor:
-    """Greedy continuation of `ids` [1, T], as stock `generate` makes it."""
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        use_cache=use_cache,
-        pad_token_id=0,
-    )
 
 
 def model_card(session: PruningSession, verdict: Verdict) -> str:

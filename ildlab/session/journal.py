@@ -24,10 +24,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ildlab.errors import JournalError
+from ildlab.errors import FileError, JournalError
 from ildlab.files import atomic_file, disk_error, write_atomic
 
-CHANGES_STUDENT = ("remove", "heal", "distill")
+CHANGES_STUDENT = ("remove", "distill")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
     parent : int or None
         The step it was taken from.
     action : str
-        `create`, `measure`, `remove`, `heal`, `distill`, `evaluate`, `export`, `run` or `undo`.
+        `create`, `measure`, `remove`, `distill`, `evaluate`, `export`, `run` or `undo`.
     layer_ids : list of int
         The student's layers after it.
     args, result : dict
@@ -215,7 +215,7 @@ class Journal:
                 with atomic_file(self.folder / "weights" / weights) as temporary:
                     save_file(packed, temporary)
             except SafetensorError as error:  # safetensors wraps the system's error
-                raise JournalError(
+                raise FileError(
                     f"The weights of step {number} could not be written to {self.folder} ({error}). Is the disk full? "
                     "The journal is as it was; free some space and run the step again."
                 ) from error

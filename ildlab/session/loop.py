@@ -65,8 +65,6 @@ def run_steps(session: PruningSession, settings: RunSettings) -> Generator[Progr
         elif phase == "remove":
             layer_id = session.remove()
             yield Progress(done, total, f"{left} layers: removed layer {layer_id}")
-        elif phase == "heal":
-            yield from relabel(session.heal_steps(), name, (done, total))
         elif phase == "distill":
             yield from relabel(session.distill_steps(), name, (done, total))
         elif phase == "final distillation":
@@ -93,13 +91,13 @@ def next_phase(session: PruningSession, distill: bool = True) -> str:
     Returns
     -------
     str
-        `"measure"`, `"remove"`, `"evaluate removal"`, `"heal"`, `"distill"` or `"evaluate"`.
+        `"measure"`, `"remove"`, `"evaluate removal"`, `"distill"` or `"evaluate"`.
     """
     actions: list[str] = []
     for step in session.path:
         if step.action in ("remove", "create"):
             actions = [step.action]
-        elif step.action in ("measure", "heal", "distill", "evaluate") and "stopped_at" not in step.result:
+        elif step.action in ("measure", "distill", "evaluate") and "stopped_at" not in step.result:
             actions.append(step.action)  # a distillation that was stopped part-way is no whole one
     if actions[-1] == "measure":
         return "remove"
@@ -111,12 +109,8 @@ def next_phase(session: PruningSession, distill: bool = True) -> str:
                 return "evaluate"
         elif "evaluate" not in actions:
             return "evaluate removal"
-        elif session.config.heal and "heal" not in actions:
-            return "heal"
         elif distill:
             return "distill"
-        elif "heal" in actions and "evaluate" not in actions[actions.index("heal") :]:
-            return "evaluate"
     return "measure"
 
 

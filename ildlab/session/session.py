@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ildlab.distill.config import DistillConfig
-from ildlab.distill.heal import HealResult
 from ildlab.errors import JournalError, SessionError
 from ildlab.evaluate.text_quality import Evaluation
 from ildlab.importance.scores import LayerScores
@@ -305,7 +304,7 @@ class PruningSession:
 
     def generate(self, prompt: str, *, who: str = "student", tokens: int = 40) -> str:
         """Greedy continuation of a prompt by today's `"student"` or by the `"teacher"`, prompt included."""
-        from ildlab.session.export import greedy
+        from ildlab.model.generate import greedy
 
         stack = self.teacher if who == "teacher" else self.student
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
@@ -385,20 +384,6 @@ class PruningSession:
             )
             self.student.remove(layer_id)
         return layer_id
-
-    def heal_steps(self, **options: Any) -> Generator[Progress, None, HealResult]:
-        """Repair the gap in closed form; see `heal`."""
-        return actions.heal(self, options)
-
-    def heal(self, *, show: bool | None = None, **options: Any) -> HealResult:
-        """Fold a linear map into the layer below the gap, where that lowers KL on text it was not fitted on.
-
-        Returns
-        -------
-        HealResult
-            `.kept` says whether the student changed.
-        """
-        return drive(self.heal_steps(**options), desc="heal", show=show)
 
     def distill_steps(
         self,

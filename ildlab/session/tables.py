@@ -87,7 +87,7 @@ def task_table(session: PruningSession) -> pd.DataFrame:
             models.pop("student", None)
             models.pop("pruned", None)
             distilled = False
-        distilled = distilled or step.action in ("heal", "distill")
+        distilled = distilled or step.action == "distill"
         if step.action == "evaluate":
             found = Evaluation.from_dict(step.result["evaluation"])
             whole = len(step.layer_ids) == len(session.teacher)

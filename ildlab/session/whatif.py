@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from ildlab.errors import SessionError
+from ildlab.model.generate import greedy
+from ildlab.model.head import beside_teacher
+from ildlab.model.shared import both_final
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
-from ildlab.session.export import greedy
 
 if TYPE_CHECKING:
     from ildlab.session.session import PruningSession
@@ -92,21 +94,17 @@ def what_if_steps(
         text = session.text("eval").tokens[:blocks].long()
         yield Progress(0, 2, "teacher")
         said = _words(teacher, session.tokenizer, ids, tokens)
-        reference, nll_t = _log_probabilities(teacher, text)
         yield Progress(1, 2, "student")
         with student.without(list(off)):
             answer = _words(student, session.tokenizer, ids, tokens)
-            own, nll_s = _log_probabilities(student, text)
-    kl = float((reference.exp() * (reference - own)).sum(-1).mean())
-    return WhatIf(prompt, tuple(off), answer, said, math.exp(nll_s), math.exp(nll_t), kl)
+            ours, reference, _ = both_final(student, teacher, text)
+            ends = [h[:, :-1].flatten(0, 1) for h in (ours, reference)]  # [B, T, d] -> [B (T-1), d]
+            if ours is reference:
+                ends[1] = ends[0]
+            figures = beside_teacher(student, teacher, *ends, text[:, 1:].flatten().to(student.device))
+    nll, teacher_nll, kl, _ = figures.double().mean(1).tolist()
+    return WhatIf(prompt, tuple(off), answer, said, math.exp(nll), math.exp(teacher_nll), kl)
 
 
 def _words(stack: LayerStack, tokenizer, ids, tokens: int) -> str:
     return tokenizer.decode(greedy(stack.model, ids, tokens=tokens)[0, ids.shape[1] :])
-
-
-def _log_probabilities(stack: LayerStack, text: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """log p [B, T-1, V] in fp32, and the mean NLL of the next tokens. For a block or two only."""
-    log_p = torch.log_softmax(stack.logits(stack.final(text)[:, :-1]).float(), -1)
-    target = text[:, 1:, None].to(log_p.device)
-    return log_p, float(-log_p.gather(-1, target).mean())

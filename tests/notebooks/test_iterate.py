@@ -37,12 +37,12 @@ def text_of(notebook) -> str:
 def test_the_demo_and_papermill_that_goes_on_with_its_run(parameters, tmp_path):
     import papermill
 
-    from ildlab.session.demo import run_folder
+    from tools.demo import run_folder
 
     folder = tmp_path / "demo"
     parameters["run_folder"] = str(folder)
     arguments = [f"{k}={v}" for k, v in parameters.items()]
-    out = subprocess.run([sys.executable, "-m", "ildlab.session.demo", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    out = subprocess.run([sys.executable, ROOT / "tools" / "demo.py", *arguments], capture_output=True, text=True, cwd=tmp_path)
     assert out.returncode == 0, out.stdout + out.stderr
     for name in ("report.html", "report.ipynb", "journal.jsonl", "checkpoint-5-layers"):
         assert (folder / name).exists() and str(folder / name) in out.stdout
@@ -97,7 +97,7 @@ def test_presets_set_parameters_that_exist(preset, notebook):
 
 @pytest.mark.parametrize("arguments", [["preset=demos"], ["target_layers"]])
 def test_demo_refuses_what_it_does_not_know(arguments):
-    from ildlab.session.demo import main
+    from tools.demo import main
     from ildlab.errors import IldlabError
 
     with pytest.raises(IldlabError, match="demo"):

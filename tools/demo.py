@@ -1,4 +1,4 @@
-"""The main job in one command: `python -m ildlab.demo` (or `make demo`).
+"""The main job in one command: `python tools/demo.py` (or `make demo`).
 
 Runs `notebooks/batch/iterate.ipynb` on the bundled model through papermill with the preset `demo`,
 with live progress, and leaves a report (notebook and HTML), a journal and a checkpoint.
@@ -15,7 +15,7 @@ from ildlab.errors import IldlabError
 
 
 def notebooks_dir() -> Path:
-    """Folder of the notebooks: beside the package, in a checkout."""
+    """Folder of the notebooks, in a checkout."""
     folder = Path(__file__).resolve().parent.parent / "notebooks"
     if not (folder / "batch" / "iterate.ipynb").is_file():
         raise IldlabError(f"There are no notebooks at {folder}: run the demo from a checkout of the repository.")

@@ -1,0 +1,77 @@
+"""What a stack records of a forward pass, and what stands in for layers while it does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Captured(Exception):
+    """Raised by the last recorder: the rest of the model's forward is not needed."""
+
+
+@dataclass
+class Trunk:
+    """What replaying needs: the embedding output and each layer's captured arguments.
+
+    Attributes
+    ----------
+    h0 : Tensor [B, T, d]
+        Input of the first layer.
+    calls : list of (args, kwargs)
+        One for each position of the stack; without the hidden state.
+    attention_mask : Tensor [B, T] or None
+        1 where a token is valid; None where all are.
+    input_ids : Tensor [B, T]
+    """
+
+    h0: Tensor
+    calls: list[tuple[tuple, dict]]
+    attention_mask: Tensor | None
+    input_ids: Tensor
+
+
+class Stub(nn.Module):
+    """Stands in for the whole stack and returns a given hidden state."""
+
+    def __init__(self, like: nn.Module, returns_tuple: bool):
+        super().__init__()
+        object.__setattr__(self, "_like", like)
+        self._returns_tuple = returns_tuple
+        self.hidden: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read attributes of a layer, such as its attention type.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_like"), name)
+
+    def forward(self, *args, **kwargs):
+        return (self.hidden,) if self._returns_tuple else self.hidden
+
+
+def split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), (), kwargs
+
+
+@contextlib.contextmanager
+def forward_replaced(layer: nn.Module, forward) -> Iterator[None]:
+    # accelerate's offload hooks also live in the instance's __dict__: put back exactly what was there.
+    before, compiled = layer.__dict__.get("forward"), layer._compiled_call_impl
+    layer.forward, layer._compiled_call_impl = forward, None  # a compiled layer would compile this stand-in
+    try:
+        yield
+    finally:
+        layer._compiled_call_impl = compiled
+        if before is None:
+            del layer.__dict__["forward"]
+        else:
+            layer.__dict__["forward"] = before
