@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "canvas": [
             "COLOURS",
+            "TEXT",
             "contrast",
             "ink_on",
             "token_label",
