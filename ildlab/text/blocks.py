@@ -1,8 +1,4 @@
-"""Text to token blocks: pack documents of any source end to end and cut them to one length.
-
-`ildlab.text.sources` says where text comes from and how splits are kept apart; here it is tokenised,
-packed, cached and fingerprinted.
-"""
+"""Text to token blocks: tokenise documents, pack them end to end, cut them to one length, keep and name the result."""
 
 from __future__ import annotations
 
@@ -10,8 +6,7 @@ import hashlib
 import html
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,7 @@ from ildlab.errors import TextError
 from ildlab.files import atomic_file, cache_dir
 from ildlab.text.sources import SPLITS, Documents, exists, find_documents
 
-_MAPPED = 16 * 2**20  # tokens (64 MB as int32) from which on blocks live in a memory-mapped file
+_MAPPED = 16 * 2**20  # tokens (64 MB as int32) from which on a stream lives in a memory-mapped file
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +27,16 @@ class TextBlocks:
     Parameters
     ----------
     tokens : torch.Tensor
-        int32 ``[blocks, block]`` on the CPU; memory-mapped from the cache when large. No padding.
+        int32 ``[blocks, block]`` on the CPU, without padding; memory-mapped from the cache where it is large and
+        there is no `bos`.
     source, split, seed
         What `load_text` was called with.
     fingerprint : str
         sha256 (hex) of the tokens as little-endian int32 and of the block length.
     note : str
         What a person should know of it, such as that there was less text than asked for.
+    bos : tuple of int
+        The ids that the tokenizer puts before a text: each block begins with them. Most have one or none.
     """
 
     tokens: torch.Tensor
@@ -47,6 +45,7 @@ class TextBlocks:
     seed: int
     fingerprint: str
     note: str = ""
+    bos: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -62,44 +61,28 @@ class TextBlocks:
         """Tokens in all blocks."""
         return self.tokens.numel()
 
-    def batches(self, size: int) -> Iterator[torch.Tensor]:
-        """Yield the blocks in order as int64 tensors ``[b, block]``; the last may hold fewer than `size`."""
-        if size < 1:
-            raise TextError(f"A batch needs at least 1 block, not {size}.")
-        for start in range(0, len(self), size):
-            yield self.tokens[start : start + size].long()
-
-    def take(self, n_blocks: int) -> TextBlocks:
-        """Return the first `n_blocks` blocks (a view, nothing is copied).
-
-        Raises
-        ------
-        TextError
-            There are fewer, or `n_blocks` is below 1.
-        """
-        if not 1 <= n_blocks <= len(self):
-            raise TextError(f"take({n_blocks}): this text has {len(self)} blocks; take from 1 to {len(self)}.")
-        tokens = self.tokens[:n_blocks]
-        return replace(self, tokens=tokens, fingerprint=_fingerprint(tokens))
+    @property
+    def _opens(self) -> str:
+        return f", each opened by BOS {', '.join(map(str, self.bos))}" if self.bos else ""
 
     def __repr__(self) -> str:
         return (
             f"TextBlocks({self.source!r}, split={self.split!r}, seed={self.seed}, {len(self)} blocks of "
-            f"{self.block} tokens, {self.fingerprint[:12]})"
+            f"{self.block} tokens{self._opens}, {self.fingerprint[:12]})"
         )
 
     def _repr_html_(self) -> str:
         rows = {
             "source": self.source,
             "split": f"{self.split}, seed {self.seed}",
-            "blocks": f"{len(self):,} × {self.block} = {self.n_tokens:,} tokens",
+            "blocks": f"{len(self):,} × {self.block} = {self.n_tokens:,} tokens{self._opens}",
             "fingerprint": self.fingerprint[:12],
+            "note": self.note,
         }
-        if self.note:
-            rows["note"] = self.note
-        left = "style='text-align:left'"
         cells = "".join(
-            f"<tr><th {left}>{name}</th><td {left}>{html.escape(value)}</td></tr>" for name, value in rows.items()
+            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in rows.items()
+            if value
         )
         return f"<table aria-label='Text blocks'><tbody>{cells}</tbody></table>"
 
@@ -116,8 +99,8 @@ def load_text(
 ) -> TextBlocks:
     """Tokenise a split of a text source and pack it into blocks of one length.
 
-    Documents come in an order set by `seed`. Between two of them stands the tokenizer's EOS token
-    (and its BOS, where the tokenizer opens texts with one); BOS where it has no EOS.
+    Documents come in an order set by `seed`, an EOS token after each (BOS where the tokenizer has no EOS). Where
+    the tokenizer puts a BOS before a text, each block begins with one.
 
     Parameters
     ----------
@@ -133,7 +116,7 @@ def load_text(
     tokenizer
         A transformers tokenizer.
     block : int
-        Tokens in a block.
+        Tokens in a block, BOS included.
     tokens : int, optional
         Tokens wanted in all; whole blocks up to that number are made. By default all there are.
         Where there are fewer, they are given with a `TextBlocks.note`, if they fill 2 blocks or more.
@@ -144,10 +127,6 @@ def load_text(
     text_column : str, optional
         Column or key of .jsonl, .parquet and Hub sources; by default "text", or the only one that
         holds strings.
-
-    Returns
-    -------
-    TextBlocks
 
     Raises
     ------
@@ -160,9 +139,10 @@ def load_text(
     >>> load_text("python-docs", tokenizer, tokens=4096, split="eval")  # doctest: +SKIP
     TextBlocks('python-docs', split='eval', seed=0, 16 blocks of 256 tokens, ...)
     """
+    bos = opening_ids(tokenizer)
     if split not in SPLITS:
         raise TextError(f"There is no split {split!r}; choose one of {', '.join(SPLITS)}.")
-    if block < 2:
+    if block < 2 or block <= len(bos):
         raise TextError(f"block={block}: a block needs at least 2 tokens, since the first is never predicted.")
     if tokens is not None and tokens < block:
         raise TextError(f"tokens={tokens} do not fill one block of {block}; raise tokens or lower block.")
@@ -173,20 +153,23 @@ def load_text(
     if documents.endless and tokens is None:
         raise TextError(f"A Hub data set may be endless: say how many tokens of {documents.source!r} to read.")
 
-    wanted = None if tokens is None else tokens // block * block
-    stream = _token_stream(documents, tokenizer, split, seed, wanted)
-    blocks = len(stream) // block
+    most = None if tokens is None else tokens // block
+    room = block - len(bos)  # tokens of text in a block
+    stream = _token_stream(documents, tokenizer, split, seed, None if most is None else most * room)
+    blocks = len(stream) // room
     note = ""
-    if wanted is not None and blocks * block < wanted:
-        note = f"{wanted:,} tokens were asked for; the {split} split of {documents.source} has {len(stream):,}."
+    if most is not None and blocks < most:
+        note = f"{most * block:,} tokens were asked for; the {split} split of {documents.source} has {len(stream):,}."
     if blocks < (2 if note else 1):
         raise TextError(
             f"The {split} split of {documents.source} is too short: {len(stream)} tokens, where "
             f"{'two blocks' if note else 'one block'} of {block} {'are' if note else 'is'} needed. "
             "Give more text, or lower block."
         )
-    packed = torch.from_numpy(stream[: blocks * block]).view(blocks, block)
-    return TextBlocks(packed, documents.source, split, seed, _fingerprint(packed), note)
+    packed = torch.from_numpy(stream[: blocks * room]).view(blocks, room)  # [blocks, block - len(bos)]
+    if bos:  # a stack without BOS stays a view of the stream, which may be a file
+        packed = torch.cat([torch.tensor(bos, dtype=torch.int32).expand(blocks, -1), packed], 1)  # [blocks, block]
+    return TextBlocks(packed, documents.source, split, seed, _fingerprint(packed), note, bos)
 
 
 def _mixture(source, tokenizer, block, tokens, split, seed, text_column) -> TextBlocks:
@@ -199,22 +182,29 @@ def _mixture(source, tokenizer, block, tokens, split, seed, text_column) -> Text
         for name in names
     ]
     each = min(map(len, parts))
+    # n parts of [each, block] -> [each, n, block] -> [each * n, block]
     packed = torch.stack([part.tokens[:each] for part in parts], dim=1).flatten(0, 1)[:total]
     note = " ".join(part.note for part in parts if part.note)
-    if len(packed) * block < (total or 0) * block:
-        note += f" Shares stay equal, so {len(packed) * block:,} tokens are given."
-    return TextBlocks(packed, source, split, seed, _fingerprint(packed), note)
+    if len(packed) < (total or 0):
+        note += f" Shares stay equal, so {packed.numel():,} tokens are given."
+    return TextBlocks(packed, source, split, seed, _fingerprint(packed), note, parts[0].bos)
+
+
+# ---- documents to one stream of tokens -------------------------------------------------------------
 
 
 def _token_stream(documents: Documents, tokenizer, split: str, seed: int, wanted: int | None) -> np.ndarray:
-    """Return at least `wanted` tokens of the packed documents (all, for None), from the cache if it can.
+    """Return `wanted` tokens of the packed documents (fewer where they end; all, for None), from the cache if it can.
 
-    A stream depends on source, tokenizer, split and seed alone: fewer tokens are a prefix of more.
+    A stream depends on source, tokenizer, split and seed alone: fewer tokens are a prefix of more, and blocks of any
+    length are cut from one stream.
     """
-    before, between = _separators(tokenizer)
+    after = _separator(tokenizer)
     stem = None
     if documents.identity is not None:
-        identity = f"1|{documents.identity}|{tokenizer_fingerprint(tokenizer)}|{split}|{seed}"
+        # The number counts changes of what a stream holds: of a tokenizer that opens texts it once held BOS too.
+        version = 2 if opening_ids(tokenizer) else 1
+        identity = f"{version}|{documents.identity}|{tokenizer_fingerprint(tokenizer)}|{split}|{seed}"
         stem = "tokens-" + hashlib.sha256(identity.encode()).hexdigest()[:24]
         # -all: the source ends here; -part: there is more of it.
         for file in (cache_dir("text") / f"{stem}-all.npy", cache_dir("text") / f"{stem}-part.npy"):
@@ -222,16 +212,16 @@ def _token_stream(documents: Documents, tokenizer, split: str, seed: int, wanted
             if stream is not None and (file.stem.endswith("all") or wanted is not None and len(stream) >= wanted):
                 return stream[:wanted]
 
-    pieces, have, ended = [np.asarray(before, dtype=np.int32)], len(before), False
+    pieces, have, ended = [], 0, False
     texts = documents.stream()
     while not ended and (wanted is None or have < wanted):
         # About 4 characters a token: tokenise no more documents than the tokens wanted call for.
         batch = _batch(texts, 4_000_000 if wanted is None else min(4_000_000, 4 * (wanted - have)))
         ended = not batch
         for ids in _encode(tokenizer, batch):
-            pieces.append(np.asarray([*ids, *between], dtype=np.int32))
+            pieces.append(np.asarray([*ids, after], dtype=np.int32))
             have += len(pieces[-1])
-    if have == len(before):
+    if not pieces:
         raise TextError(
             f"The {split} split of {documents.source} is empty: a source has to hold some dozens of "
             "paragraphs or rows for each split to get its share. Give more text."
@@ -270,18 +260,33 @@ def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _separators(tokenizer) -> tuple[list[int], list[int]]:
-    """Return the ids that open the first document, and those that stand after each."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if eos is None and bos is None:
+# ---- what a tokenizer does -------------------------------------------------------------------------
+
+
+def opening_ids(tokenizer) -> tuple[int, ...]:
+    """Ids that a tokenizer puts before a text by itself: its BOS, or none.
+
+    Read off a text that it encodes: a `bos_token` may be set and never put (Qwen, SmolLM2).
+    """
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer("a", verbose=False)["input_ids"]
+    start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
+    return tuple(whole[:start])
+
+
+def _separator(tokenizer) -> int:
+    """Return the id that stands after each document.
+
+    No BOS follows it inside a block: there it would be a target, and what is scored is text. The block's own BOS is
+    the one that a model leans on; that another document begins, EOS says. Only without an EOS does BOS say it.
+    """
+    ids = [i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None]
+    if not ids:
         raise TextError(
             f"The tokenizer ({type(tokenizer).__name__}) has neither an EOS nor a BOS token to put between "
             "documents. Set tokenizer.eos_token to one of its tokens."
         )
-    opened = list(islice(tokenizer("a", verbose=False)["input_ids"], 1))
-    opening = opened if bos is not None and opened == [bos] else []
-    # BOS again after EOS where the model has always seen texts open with it (Llama, Gemma).
-    return opening, [eos if eos is not None else bos] + (opening if eos not in (None, bos) else [])
+    return ids[0]
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
