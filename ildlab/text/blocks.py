@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,30 +60,12 @@ class TextBlocks:
         """Tokens in all blocks."""
         return self.tokens.numel()
 
-    @property
-    def _opens(self) -> str:
-        return f", each opened by BOS {', '.join(map(str, self.bos))}" if self.bos else ""
-
     def __repr__(self) -> str:
+        opened = f", each opened by BOS {', '.join(map(str, self.bos))}" if self.bos else ""
         return (
             f"TextBlocks({self.source!r}, split={self.split!r}, seed={self.seed}, {len(self)} blocks of "
-            f"{self.block} tokens{self._opens}, {self.fingerprint[:12]})"
+            f"{self.block} tokens{opened}, {self.fingerprint[:12]}){self.note and f'; {self.note}'}"
         )
-
-    def _repr_html_(self) -> str:
-        rows = {
-            "source": self.source,
-            "split": f"{self.split}, seed {self.seed}",
-            "blocks": f"{len(self):,} × {self.block} = {self.n_tokens:,} tokens{self._opens}",
-            "fingerprint": self.fingerprint[:12],
-            "note": self.note,
-        }
-        cells = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in rows.items()
-            if value
-        )
-        return f"<table aria-label='Text blocks'><tbody>{cells}</tbody></table>"
 
 
 def load_text(
@@ -105,8 +86,7 @@ def load_text(
     Parameters
     ----------
     source : str, path or sequence of str
-        - ``"python-docs"``: Python's own help topics, and the docstrings of the standard library and
-          of packages that every install of ildlab has. Needs no network.
+        - ``"python-docs"``: Python's help topics, and the docstrings of packages that every install has.
         - ``"teacher-samples"``: texts sampled from a teacher, which ship with ildlab.
         - a .txt, .md, .jsonl, .jsonl.gz or .parquet file, or a folder of them.
         - a Hub data set, ``"owner/name"`` or ``"owner/name:configuration"``, of which the train rows are read
@@ -118,26 +98,19 @@ def load_text(
     block : int
         Tokens in a block, BOS included.
     tokens : int, optional
-        Tokens wanted in all; whole blocks up to that number are made. By default all there are.
-        Where there are fewer, they are given with a `TextBlocks.note`, if they fill 2 blocks or more.
+        Tokens wanted in all, in whole blocks; by default all there are. Where there are fewer, they are given with
+        a `TextBlocks.note`, if they fill 2 blocks or more.
     split : {"calibration", "train", "eval"}
         15%, 70% and 15% of the documents, by a hash of each, so that the splits never overlap.
     seed : int
         Sets the order of the documents.
     text_column : str, optional
-        Column or key of .jsonl, .parquet and Hub sources; by default "text", or the only one that
-        holds strings.
+        Column or key of .jsonl, .parquet and Hub sources; by default "text", or the only one that holds strings.
 
     Raises
     ------
     TextError
         The source is missing, empty, unreadable or too short for the block length.
-
-    Examples
-    --------
-    >>> from transformers import AutoTokenizer  # doctest: +SKIP
-    >>> load_text("python-docs", tokenizer, tokens=4096, split="eval")  # doctest: +SKIP
-    TextBlocks('python-docs', split='eval', seed=0, 16 blocks of 256 tokens, ...)
     """
     bos = opening_ids(tokenizer)
     if split not in SPLITS:
@@ -148,7 +121,7 @@ def load_text(
         raise TextError(f"tokens={tokens} do not fill one block of {block}; raise tokens or lower block.")
 
     if isinstance(source, str) and "+" in source and not exists(Path(source).expanduser()):
-        return _mixture(source, tokenizer, block, tokens, split, seed, text_column)
+        return _mixture(source, tokenizer, tokens, block=block, split=split, seed=seed, text_column=text_column)
     documents = find_documents(source, split=split, seed=seed, text_column=text_column)
     if documents.endless and tokens is None:
         raise TextError(f"A Hub data set may be endless: say how many tokens of {documents.source!r} to read.")
@@ -172,22 +145,19 @@ def load_text(
     return TextBlocks(packed, documents.source, split, seed, _fingerprint(packed), note, bos)
 
 
-def _mixture(source, tokenizer, block, tokens, split, seed, text_column) -> TextBlocks:
+def _mixture(source: str, tokenizer, tokens: int | None, **options: Any) -> TextBlocks:
     """Take turns between the sources, block by block, for as long as each has one."""
     names = [name.strip() for name in source.split("+")]
-    total = None if tokens is None else tokens // block
-    share = None if total is None else -(-total // len(names)) * block
-    parts = [
-        load_text(name, tokenizer, block=block, tokens=share, split=split, seed=seed, text_column=text_column)
-        for name in names
-    ]
+    total = None if tokens is None else tokens // options["block"]
+    share = None if total is None else -(-total // len(names)) * options["block"]
+    parts = [load_text(name, tokenizer, tokens=share, **options) for name in names]
     each = min(map(len, parts))
     # n parts of [each, block] -> [each, n, block] -> [each * n, block]
     packed = torch.stack([part.tokens[:each] for part in parts], dim=1).flatten(0, 1)[:total]
     note = " ".join(part.note for part in parts if part.note)
     if len(packed) < (total or 0):
         note += f" Shares stay equal, so {packed.numel():,} tokens are given."
-    return TextBlocks(packed, source, split, seed, _fingerprint(packed), note, parts[0].bos)
+    return replace(parts[0], tokens=packed, source=source, fingerprint=_fingerprint(packed), note=note)
 
 
 # ---- documents to one stream of tokens -------------------------------------------------------------
@@ -206,10 +176,9 @@ def _token_stream(documents: Documents, tokenizer, split: str, seed: int, wanted
         version = 2 if opening_ids(tokenizer) else 1
         identity = f"{version}|{documents.identity}|{tokenizer_fingerprint(tokenizer)}|{split}|{seed}"
         stem = "tokens-" + hashlib.sha256(identity.encode()).hexdigest()[:24]
-        # -all: the source ends here; -part: there is more of it.
-        for file in (cache_dir("text") / f"{stem}-all.npy", cache_dir("text") / f"{stem}-part.npy"):
-            stream = _read_stream(file)
-            if stream is not None and (file.stem.endswith("all") or wanted is not None and len(stream) >= wanted):
+        for ending in ("all", "part"):  # the source ends there, or there is more of it
+            stream = _read_stream(cache_dir("text") / f"{stem}-{ending}.npy")
+            if stream is not None and (ending == "all" or wanted is not None and len(stream) >= wanted):
                 return stream[:wanted]
 
     pieces, have, ended = [], 0, False
@@ -218,7 +187,7 @@ def _token_stream(documents: Documents, tokenizer, split: str, seed: int, wanted
         # About 4 characters a token: tokenise no more documents than the tokens wanted call for.
         batch = _batch(texts, 4_000_000 if wanted is None else min(4_000_000, 4 * (wanted - have)))
         ended = not batch
-        for ids in _encode(tokenizer, batch):
+        for ids in _encode(tokenizer, batch) if batch else []:
             pieces.append(np.asarray([*ids, after], dtype=np.int32))
             have += len(pieces[-1])
     if not pieces:
@@ -254,8 +223,6 @@ def _batch(texts: Iterator[str], characters: int) -> list[str]:
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
     # verbose=False: documents are longer than the model's window on purpose; they are cut to blocks.
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
@@ -280,13 +247,13 @@ def _separator(tokenizer) -> int:
     No BOS follows it inside a block: there it would be a target, and what is scored is text. The block's own BOS is
     the one that a model leans on; that another document begins, EOS says. Only without an EOS does BOS say it.
     """
-    ids = [i for i in (tokenizer.eos_token_id, tokenizer.bos_token_id) if i is not None]
-    if not ids:
-        raise TextError(
-            f"The tokenizer ({type(tokenizer).__name__}) has neither an EOS nor a BOS token to put between "
-            "documents. Set tokenizer.eos_token to one of its tokens."
-        )
-    return ids[0]
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return token
+    raise TextError(
+        f"The tokenizer ({type(tokenizer).__name__}) has neither an EOS nor a BOS token to put between documents. "
+        "Set tokenizer.eos_token to one of its tokens."
+    )
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

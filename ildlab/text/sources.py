@@ -34,24 +34,12 @@ _MAX_CHUNK = 2000  # characters of a .txt or .md file that travel together
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of one split in a seeded order.
+    """Documents of one split in a seeded order."""
 
-    Parameters
-    ----------
-    source : str
-        The name to load them by again.
-    identity : str or None
-        Changes whenever the documents may have changed; None where that cannot be told cheaply.
-    stream : callable
-        Returns a fresh iterator over the documents.
-    endless : bool
-        May be too large to read whole (a Hub data set), so a number of tokens has to be given.
-    """
-
-    source: str
-    identity: str | None
-    stream: Callable[[], Iterator[str]]
-    endless: bool = False
+    source: str  # the name to load them by again
+    identity: str | None  # changes whenever the documents may have changed; None where that cannot be told cheaply
+    stream: Callable[[], Iterator[str]]  # returns a fresh iterator
+    endless: bool = False  # may be too large to read whole (a Hub data set): a number of tokens has to be given
 
 
 def find_documents(
@@ -145,19 +133,13 @@ def _in_split(texts: Iterable[str], split: str, seed: int) -> Iterator[str]:
 
 
 def _text_files(path: Path) -> list[Path]:
-    if path.is_file() and not path.name.lower().endswith(SUFFIXES):
-        raise TextError(f"{path} is not a kind of text file that ildlab reads; it reads {', '.join(SUFFIXES)}.")
     files = [path]
     if path.is_dir():
-        files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.name.lower().endswith(SUFFIXES)
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        if not files:
-            raise TextError(f"The folder {path} holds no {'/'.join(SUFFIXES)} file.")
+        inside = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    files = [file for file in files if file.name.lower().endswith(SUFFIXES)]
+    if not files:
+        raise TextError(f"{path} is, or holds, no file that ildlab reads; it reads {', '.join(SUFFIXES)}.")
     if not any(file.stat().st_size for file in files):
         raise TextError(f"{path} is empty. Give a text of at least some thousand words.")
     return files
