@@ -46,19 +46,12 @@ class TextBlocks:
     note: str = ""
     bos: tuple[int, ...] = ()
 
+    block = property(lambda self: self.tokens.shape[1], doc="Tokens in one block.")
+    n_tokens = property(lambda self: self.tokens.numel(), doc="Tokens in all blocks.")
+
     def __len__(self) -> int:
         """Return the number of blocks."""
         return self.tokens.shape[0]
-
-    @property
-    def block(self) -> int:
-        """Tokens in one block."""
-        return self.tokens.shape[1]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in all blocks."""
-        return self.tokens.numel()
 
     def __repr__(self) -> str:
         opened = f", each opened by BOS {', '.join(map(str, self.bos))}" if self.bos else ""
@@ -134,13 +127,13 @@ def load_text(
     if most is not None and blocks < most:
         note = f"{most * block:,} tokens were asked for; the {split} split of {documents.source} has {len(stream):,}."
     if blocks < (2 if note else 1):
+        needed = "two blocks" if note else "one block"
         raise TextError(
-            f"The {split} split of {documents.source} is too short: {len(stream)} tokens, where "
-            f"{'two blocks' if note else 'one block'} of {block} {'are' if note else 'is'} needed. "
+            f"The {split} split of {documents.source} is too short: {len(stream)} tokens do not fill {needed} of {block}. "
             "Give more text, or lower block."
         )
     packed = torch.from_numpy(stream[: blocks * room]).view(blocks, room)  # [blocks, block - len(bos)]
-    if bos:  # a stack without BOS stays a view of the stream, which may be a file
+    if bos:  # without, the blocks stay a view of the stream, which may be a file
         packed = torch.cat([torch.tensor(bos, dtype=torch.int32).expand(blocks, -1), packed], 1)  # [blocks, block]
     return TextBlocks(packed, documents.source, split, seed, _fingerprint(packed), note, bos)
 

@@ -17,33 +17,18 @@ from ildlab.text.blocks import TextBlocks
 
 @dataclass
 class Rows:
-    """Sequences of one length.
+    """Sequences of one length, on the CPU."""
 
-    Attributes
-    ----------
-    tokens : Tensor [N, T] of int
-        On the CPU.
-    mask : Tensor [N, T] of bool or None
-        False where a token is padding; None where nothing is.
-    source : str
-        Where they come from, for a person.
-    text : dict
-        `source`, `split` and `fingerprint` of TextBlocks; empty for other input.
-    """
-
-    tokens: torch.Tensor
-    mask: torch.Tensor | None
-    source: str
-    text: dict[str, str] = field(default_factory=dict)
+    tokens: torch.Tensor  # [N, T] int
+    mask: torch.Tensor | None  # [N, T] bool, False where a token is padding; None where nothing is
+    source: str  # where they come from, for a person
+    text: dict[str, str] = field(default_factory=dict)  # source, split, fingerprint of TextBlocks; else empty
 
     @classmethod
     def of(cls, blocks: TextBlocks | torch.Tensor | Mapping[str, Any] | Rows) -> Rows:
         """Read TextBlocks, a tensor [N, T], or a mapping with `input_ids` and perhaps `attention_mask`.
 
-        Raises
-        ------
-        TextError
-            It is none of them, holds nothing, or has sequences of one token or without a valid one.
+        Raises TextError where it is none of them, holds nothing, or has sequences of one token or without a valid one.
         """
         if isinstance(blocks, Rows):
             return blocks

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +42,13 @@ def prompts(tokenizer: Any, draw: random.Random) -> Iterator[str]:
         for upper in [subject[:1].upper() + subject[1:]]
     ]
     questions = [[{"role": "user", "content": question}] for question in seeds["questions"]]
-    plain, asked = (_shuffled(items, draw) for items in (openings, questions))
+    plain, asked = (itertools.cycle(draw.sample(items, len(items))) for items in (openings, questions))
     while True:
         kind = draw.random()
         if kind < CHAT and tokenizer.chat_template is not None:
             yield tokenizer.apply_chat_template(next(asked), tokenize=False, add_generation_prompt=True)
         else:
             yield "" if kind < CHAT + BARE else next(plain)
-
-
-def _shuffled(items: Sequence[Any], draw: random.Random) -> Iterator[Any]:
-    while True:
-        yield from draw.sample(items, len(items))
 
 
 def sample_steps(
@@ -71,8 +67,9 @@ def sample_steps(
     source, texts, done = prompts(tokenizer, draw), [], 0
     while done < tokens:
         batch = [tokenizer(next(source), add_special_tokens=False)["input_ids"] for _ in range(rows)]
-        # A chat template may put the BOS itself.
-        batch = [ids if ids[: len(lead)] == lead else lead + ids for ids in batch]
+        batch = [
+            ids if ids[: len(lead)] == lead else lead + ids for ids in batch
+        ]  # a chat template may put BOS itself
         for document in _continued(model, tokenizer, batch, length, draw.getrandbits(63)):
             done += len(document)
             text = tokenizer.decode(document[len(lead) :]).strip()
@@ -105,14 +102,8 @@ def _continued(model, tokenizer, batch: list[list[int]], length: int, seed: int)
     return [row[n:stop] for row, n, stop in zip(out, fill, ends)]
 
 
-def write_samples(texts: Sequence[str], path: Path) -> Path:
-    """Write texts as .jsonl.gz, `{"text": ...}` a line; the bytes depend on the texts alone."""
-    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-    return write_atomic(path, gzip.compress(lines.encode("utf-8", "replace"), mtime=0))
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Sample from a model and write the texts."""
+def main(argv: list[str] | None = None) -> None:
+    """Sample from a model and write the texts, `{"text": ...}` a line; the bytes depend on the texts alone."""
     parser = argparse.ArgumentParser(prog="python -m ildlab.text.teacher_text", description=main.__doc__)
     parser.add_argument("model", help="smollm2-135m, a folder, a .gguf file or a Hub id")
     parser.add_argument("out", type=Path, help="a .jsonl.gz file")
@@ -120,8 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     given = vars(parser.parse_args(argv))
     loaded, out = load_model(given.pop("model")), given.pop("out")
-    for progress in sample_steps(loaded.model, loaded.tokenizer, **given):
-        write_samples(progress.partial, out)  # after each batch: the whole may take an hour
+    for progress in sample_steps(loaded.model, loaded.tokenizer, **given):  # written after each: it may take an hour
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in progress.partial)
+        write_atomic(out, gzip.compress(lines.encode("utf-8", "replace"), mtime=0))
         print(f"{progress.done:,} of {progress.total:,} tokens, {progress.note} in {out}", flush=True)
 
 
