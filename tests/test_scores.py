@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ildlab.errors import MeasureError
+from ildlab.errors import MeasureError, TextError
 from ildlab.importance import batches as parallel
 from ildlab.importance.samples import Positions, Rows
 from ildlab.importance.scores import LayerScores, measure, measure_steps
@@ -153,9 +153,9 @@ def test_bad_arguments(small, tokens, arguments, says):
 def test_bad_blocks(small, tokens):
     with pytest.raises(MeasureError, match="at least 2"):
         measure(small, tokens[:1])
-    with pytest.raises(MeasureError, match="integer tensor"):
+    with pytest.raises(TextError, match="integer tensor"):
         measure(small, tokens.float())
-    with pytest.raises(MeasureError, match="no valid token"):
+    with pytest.raises(TextError, match="no valid token"):
         measure(small, {"input_ids": tokens, "attention_mask": torch.zeros_like(tokens)})
 
 

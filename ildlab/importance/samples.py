@@ -10,44 +10,10 @@ import numpy as np
 import torch
 
 from ildlab.errors import MeasureError
+from ildlab.text.rows import Rows
 
 if TYPE_CHECKING:
     from ildlab.importance.scores import LayerScores
-
-
-@dataclass
-class Rows:
-    """Sequences to score: tokens [N, T] int on the CPU, mask [N, T] bool or None, and their source."""
-
-    tokens: torch.Tensor
-    mask: torch.Tensor | None
-    source: str
-
-    @classmethod
-    def of(cls, blocks) -> Rows:
-        """Accept TextBlocks, a tensor, or a mapping with input_ids and attention_mask."""
-        mask = None
-        if hasattr(blocks, "tokens"):
-            tokens, name = blocks.tokens, f"{blocks.source} ({blocks.split})"
-        elif hasattr(blocks, "keys"):
-            tokens, mask, name = blocks["input_ids"], blocks.get("attention_mask"), "given tokens"
-        else:
-            tokens, name = blocks, "given tokens"
-        if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
-            shape = tuple(tokens.shape) if hasattr(tokens, "shape") else type(tokens).__name__
-            raise MeasureError(f"blocks: expected TextBlocks or an integer tensor [N, T], got {shape}.")
-        if mask is not None:
-            mask = mask.bool().cpu()
-            if bool((~mask.any(1)).any()):
-                raise MeasureError("attention_mask: a sequence has no valid token.")
-            mask = None if bool(mask.all()) else mask
-        return cls(tokens.cpu(), mask, f"{name}, {tokens.shape[0]} × {tokens.shape[1]} tokens")
-
-    def batch(self, rows: np.ndarray):
-        """Return what `LayerStack.trunk` takes for these rows."""
-        pick = torch.as_tensor(rows)
-        ids = self.tokens[pick].long()
-        return ids if self.mask is None else {"input_ids": ids, "attention_mask": self.mask[pick].long()}
 
 
 @dataclass
