@@ -98,7 +98,7 @@ def record_distill() -> dict:
         tokenizer, teacher, student = pair()
         blocks = load_text("teacher-samples", tokenizer, block=48, tokens=12 * 48, split="train")
         result = distill(student, teacher, blocks, config, gap=GONE, show=False)
-        history = result.history.drop(columns=["seconds"])
+        history = result.history.drop(columns=["seconds", "tokens_per_second"])
         out[name] = {
             "trained": result.trained,
             **{c: [None if v != v else v for v in history[c].astype(float)] for c in history},
