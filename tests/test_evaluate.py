@@ -75,12 +75,34 @@ def test_models_loaded_apart_share_nothing(tiny, tokens):
     assert found.kl > 0.01
 
 
-def test_speed_is_measured_in_turns_and_the_teacher_s_is_kept(pair, tokens):
+def test_speed_is_measured_in_turns_every_time(pair, tokens, monkeypatch):
+    import ildlab.evaluate.speed as speed
+
     student, teacher = pair
     first = evaluate(student, teacher, tokens)
     assert first.tokens_per_second > 0 and first.speed_ratio > 0
+    order, clock = [], iter(range(1000))
+    monkeypatch.setattr(speed, "greedy", lambda model, *_, **__: order.append(model))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))  # a turn of each takes a second
+    # An earlier evaluation, perhaps of another machine, says nothing of today's speed.
     again = evaluate(student, teacher, tokens, teacher_record=first)
-    assert again.teacher_tokens_per_second == first.teacher_tokens_per_second
+    assert order == [student.model, teacher.model] * 4
+    assert again.tokens_per_second == again.teacher_tokens_per_second == 24
+    assert not any("per_second" in name for name in first.teacher_record())
+
+
+def test_log_probabilities_are_exact_over_a_large_vocabulary(tiny):
+    """torch's log_softmax in fp32 errs by 3e-5 there on a CPU."""
+    import ildlab.evaluate.text_quality as module
+
+    student, teacher = (LayerStack(tiny(1, vocab=150_000, hidden=8, seed=seed)) for seed in (0, 1))
+    hidden = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    gold = torch.arange(6) + 5
+    found = module._beside_teacher(student, teacher, *hidden, gold)
+    logq, logp = (s.logits(h).double().log_softmax(-1) for s, h in zip((student, teacher), hidden))
+    want = [-logq.gather(1, gold[:, None])[:, 0], -logp.gather(1, gold[:, None])[:, 0]]
+    want.append((logp.exp() * (logp - logq)).sum(-1))
+    torch.testing.assert_close(found[:, 1:4], torch.stack(want, 1), atol=4e-6, rtol=0)
 
 
 def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, monkeypatch):
@@ -94,7 +116,7 @@ def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, 
     assert first.suite.name == "mini7" and first.teacher_suite.fingerprint == first.suite.fingerprint
     assert first.aggregate == first.suite.aggregate
     calls = []
-    import ildlab.evaluate.suites as module
+    import ildlab.evaluate.text_quality as module
 
     plain = module.suite_steps
     monkeypatch.setattr(module, "suite_steps", lambda stack, *a, **k: calls.append(stack) or plain(stack, *a, **k))
@@ -105,7 +127,11 @@ def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, 
     assert calls == [student]
     assert again.teacher_suite.aggregate == pytest.approx(first.teacher_suite.aggregate, abs=1e-5)
     for form in (first, Evaluation.from_dict(json.loads(json.dumps(first.to_dict())))):
-        assert form.quality_loss == pytest.approx(1 - first.suite.aggregate / first.teacher_suite.aggregate, abs=1e-5)
+        assert (
+            form.loss
+            == form.quality_loss
+            == pytest.approx(1 - first.suite.aggregate / first.teacher_suite.aggregate, abs=1e-5)
+        )
     assert "mini7: knowledge" in first._repr_html_()
 
 
@@ -115,6 +141,7 @@ def test_json_form_and_table(pair, tokens):
     assert "perplexity" in found._repr_html_() and "<table" in found._repr_html_()
     assert len(str(found).splitlines()) == 1 + len(found.summary())
     assert found.quality_loss is None and found.aggregate is None
+    assert found.loss == 1 - found.teacher_perplexity / found.perplexity
 
 
 def test_closing_it_early_leaves_the_student_whole(pair, tokens):

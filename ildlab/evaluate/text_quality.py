@@ -1,4 +1,4 @@
-"""Judge a student: perplexity, distance from the teacher, size, speed, and a suite of tasks.
+"""Judge a student on text: perplexity, distance from the teacher, and agreement; sizes, speed and tasks beside them.
 
 Student and teacher go down their common bottom layers once. Every figure over the vocabulary is
 computed in fp32 log space, a few hundred positions at a time, so that logits never fill the memory.
@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ildlab.distill.losses import in_fp64
+from ildlab.distill.losses import in_fp64, kl_per_token, log_probabilities, wide
 from ildlab.errors import SuiteError, TextError
 from ildlab.evaluate.record import Evaluation
-from ildlab.importance.samples import expansion
+from ildlab.evaluate.results import SuiteResult
+from ildlab.evaluate.speed import generation_speed
+from ildlab.evaluate.suites import load_suite, suite_steps
+from ildlab.importance.samples import expansion, means, percentiles, resamples
 from ildlab.model.stack import LayerStack, Trunk, shared_prefix
-from ildlab.progress import Progress, drive
+from ildlab.progress import Progress, Work, drive
 
 if TYPE_CHECKING:
     from ildlab.text.blocks import TextBlocks
@@ -42,7 +44,7 @@ def evaluate_steps(
     teacher_record: dict[str, Any] | Evaluation | None = None,
     cache: Any = None,
     seed: int = 0,
-) -> Generator[Progress, None, Evaluation]:
+) -> Work[Evaluation]:
     """Evaluate a student against its teacher, step by step.
 
     Parameters
@@ -59,24 +61,16 @@ def evaluate_steps(
     canaries : bool
         Score the shipped probes as well (copying, arithmetic, brackets; 20 rows each).
     speed : bool
-        Measure generation.
+        Time the generation of both, in turns.
     batch_size : int
         Blocks in one pass.
     teacher_record : dict or Evaluation, optional
         An earlier evaluation (or its `teacher_record()`) beside the same teacher: its suite and
-        canary scores are taken over where they stand for the same tasks, and its generation speed.
+        canary scores are taken over where they stand for the same tasks.
     cache : path, optional
         Folder where suite results are kept by model fingerprint.
     seed : int
         Of the bootstrap.
-
-    Yields
-    ------
-    Progress
-
-    Returns
-    -------
-    Evaluation
 
     Raises
     ------
@@ -91,62 +85,35 @@ def evaluate_steps(
         raise TextError(
             f"Evaluation needs at least one block of 2 tokens or more, got a shape of {tuple(tokens.shape)}."
         )
-    wanted = []
-    if suite is not None or canaries:
-        if tokenizer is None:
-            raise SuiteError("Scoring a suite needs the tokenizer: pass tokenizer=loaded.tokenizer.")
-        from ildlab.evaluate.suites import load_suite
+    if (suite is not None or canaries) and tokenizer is None:
+        raise SuiteError("Scoring a suite needs the tokenizer: pass tokenizer=loaded.tokenizer.")
+    # Read (and so checked) before the minutes that the rest takes.
+    wanted = {"suite": load_suite(suite)} if suite is not None else {}
+    if canaries:
+        wanted["canaries"] = load_suite("canaries", limit=CANARIES)
 
-        # Read (and so checked) before the minutes that the rest takes.
-        wanted = [("suite", load_suite(suite))] if suite is not None else []
-        wanted += [("canaries", load_suite("canaries", limit=CANARIES))] if canaries else []
-    record = _as_record(teacher_record)
-
-    sums = np.zeros((tokens.shape[0], 5))
-    for done, rows in _text_steps(student, teacher, tokens, batch_size, sums):
-        seen = sums[:done].sum(0)
-        note = f"perplexity {math.exp(seen[1] / max(seen[0], 1)):.2f}, KL {seen[3] / max(seen[0], 1):.4f}"
-        yield Progress(done, tokens.shape[0], f"text: {note}")
-    count, nll, teacher_nll, kl, same = sums.sum(0).tolist()
-    low, high = _bootstrap_ratio(sums[:, 3], sums[:, 0], seed)
-
-    rate = teacher_rate = None
+    figures = yield from _text_steps(student, teacher, tokens, batch_size, seed)
     if speed:
-        from ildlab.evaluate.generation import generation_speed
-
         yield Progress(0, 1, "generation speed")
-        same_model = student.model is teacher.model
-        known = record.get("teacher_tokens_per_second")
-        rate, teacher_rate = generation_speed(student, None if same_model or known else teacher, tokens)
-        teacher_rate = known or (rate if same_model else teacher_rate)
+        same = student.model is teacher.model
+        rate, other = generation_speed(student, None if same else teacher, tokens)
+        figures |= {"tokens_per_second": rate, "teacher_tokens_per_second": rate if same else other}
 
-    results: dict[str, Any] = {}
-    for name, loaded in wanted:
-        from ildlab.evaluate.suites import suite_steps
-
-        results[name] = yield from suite_steps(student, tokenizer, loaded, cache=cache)
-        results[f"teacher_{name}"] = _recorded(record.get(f"teacher_{name}"), loaded)
-        if results[f"teacher_{name}"] is None:
-            same_model = shared_prefix(student, teacher) == len(student) == len(teacher)
-            results[f"teacher_{name}"] = (
-                results[name] if same_model else (yield from suite_steps(teacher, tokenizer, loaded, cache=cache))
-            )
+    record = teacher_record.teacher_record() if isinstance(teacher_record, Evaluation) else teacher_record or {}
+    same = shared_prefix(student, teacher) == len(student) == len(teacher)
+    for name, asked in wanted.items():
+        mine = yield from suite_steps(student, tokenizer, asked, cache=cache)
+        theirs = mine if same else _recorded(record.get(f"teacher_{name}"), asked)
+        if theirs is None:
+            theirs = yield from suite_steps(teacher, tokenizer, asked, cache=cache)
+        figures |= {name: mine, f"teacher_{name}": theirs}
     return Evaluation(
-        perplexity=math.exp(nll / count),
-        teacher_perplexity=math.exp(teacher_nll / count),
-        kl=kl / count,
-        kl_low=low,
-        kl_high=high,
-        agreement=same / count,
-        tokens=int(count),
+        **figures,
         text={} if blocks is tokens else {n: getattr(blocks, n) for n in ("source", "split", "fingerprint")},
         layers=len(student),
         teacher_layers=len(teacher),
         **_sizes(student, ""),
         **_sizes(teacher, "teacher_"),
-        tokens_per_second=rate,
-        teacher_tokens_per_second=teacher_rate,
-        **results,
         seconds=time.perf_counter() - start,
     )
 
@@ -177,7 +144,7 @@ def both_final(student: LayerStack, teacher: LayerStack, batch: Any) -> tuple[Te
     theirs = teacher.trunk(batch)
     if common == 0:
         return student.final(batch), teacher.final(theirs), theirs
-    hidden = theirs.h0
+    hidden = theirs.h0  # [B, T, d]
     for position in range(common):
         hidden = teacher.run(position, hidden, theirs)
     ours, reference = hidden, hidden
@@ -191,53 +158,61 @@ def both_final(student: LayerStack, teacher: LayerStack, batch: Any) -> tuple[Te
 
 
 @torch.no_grad()
-def _text_steps(student, teacher, tokens: Tensor, batch_size: int, sums: np.ndarray):
-    """Fill `sums` [N, 5], block by block, with: count, nll, teacher nll, KL, same top token."""
+def _text_steps(student, teacher, tokens: Tensor, batch_size: int, seed: int) -> Work[dict[str, Any]]:
+    """The figures of an `Evaluation` that text gives."""
+    sums = np.zeros((tokens.shape[0], 5))  # per block: tokens; sums of NLL, the teacher's NLL, KL, same top token
     for start in range(0, tokens.shape[0], batch_size):
-        batch = tokens[start : start + batch_size].long()
+        batch = tokens[start : start + batch_size].long()  # [B, T]
         ours, reference, trunk = both_final(student, teacher, batch)
         target = trunk.input_ids[:, 1:]
         # Of a model over several devices the last layer's may be another than the input's.
         same, reference = ours is reference, reference.to(target.device)
         ours = reference if same else ours.to(target.device)
-        valid = torch.ones_like(target, dtype=torch.bool)
-        if trunk.attention_mask is not None:
-            valid = (trunk.attention_mask[:, 1:] * trunk.attention_mask[:, :-1]).bool()
-        row, column = valid.nonzero(as_tuple=True)
-        figures = in_fp64(torch.zeros(batch.shape[0], 5, device=target.device))
-        for part in torch.arange(len(row), device=row.device).split(CHUNK):
-            r, c = row[part], column[part]
-            figures.index_add_(0, r, _position_figures(student, teacher, ours, reference, target, r, c))
-        sums[start : start + batch.shape[0]] = figures.cpu().numpy()
-        yield start + batch.shape[0], batch.shape[0]
+        figures = in_fp64(torch.zeros(len(batch), 5, device=target.device))
+        for part in torch.arange(target.numel(), device=target.device).split(CHUNK):
+            row, column = part // target.shape[1], part % target.shape[1]
+            mine = None if same else ours[row, column]  # [P, d]
+            found = _beside_teacher(student, teacher, mine, reference[row, column], target[row, column])
+            figures.index_add_(0, row, found)
+        sums[start : start + len(batch)] = figures.cpu().numpy()
+        count, nll, teacher_nll, kl, agreed = sums.sum(0).tolist()
+        note = f"text: perplexity {math.exp(nll / count):.2f}, KL {kl / count:.4f}"
+        yield Progress(start + len(batch), len(tokens), note)
+    low, high = _kl_interval(sums[:, 3] / sums[:, 0], sums[:, 0], seed)
+    return {
+        "perplexity": math.exp(nll / count),
+        "teacher_perplexity": math.exp(teacher_nll / count),
+        "kl": kl / count,
+        "kl_low": low,
+        "kl_high": high,
+        "agreement": agreed / count,
+        "tokens": int(count),
+    }
 
 
-def _position_figures(student, teacher, ours, reference, target, r, c) -> Tensor:
-    """Return [P, 5] of one chunk of positions, in fp64 where the device has it."""
-    gold = target[r, c][:, None]
-    theirs = torch.log_softmax(teacher.logits(reference[r, c]).to(gold.device).float(), -1)
-    out = in_fp64(torch.zeros(len(r), 5, device=gold.device))
-    out[:, 0] = 1
-    out[:, 2] = -theirs.gather(1, gold)[:, 0]
-    if ours is reference:  # the whole stack is shared, and so is the tail
-        out[:, 1], out[:, 4] = out[:, 2], 1
-        return out
-    mine = torch.log_softmax(student.logits(ours[r, c]).to(gold.device).float(), -1)
-    out[:, 1] = -mine.gather(1, gold)[:, 0]
-    out[:, 3] = torch.nn.functional.kl_div(mine, theirs, reduction="none", log_target=True).sum(-1)
-    out[:, 4] = mine.argmax(-1) == theirs.argmax(-1)
-    return out
+def _beside_teacher(student, teacher, mine: Tensor | None, theirs: Tensor, gold: Tensor) -> Tensor:
+    """Figures [P, 5] of P positions, in fp64 where the device has it.
+
+    `mine` and `theirs` are final hidden states [P, d]; `mine` is None where the two are one.
+    """
+    logp = log_probabilities(wide(teacher.logits(theirs).to(gold.device)))  # [P, V]
+    nll = -logp.gather(1, gold[:, None])[:, 0]
+    one = torch.ones_like(nll)
+    if mine is None:
+        return in_fp64(torch.stack([one, nll, nll, one * 0, one], dim=1))
+    logq = log_probabilities(wide(student.logits(mine).to(gold.device)))
+    same = (logq.argmax(-1) == logp.argmax(-1)).to(nll.dtype)
+    figures = [one, -logq.gather(1, gold[:, None])[:, 0], nll, kl_per_token(logp, logq), same]
+    return in_fp64(torch.stack(figures, dim=1))
 
 
-def _bootstrap_ratio(values: np.ndarray, counts: np.ndarray, seed: int, samples: int = 1000) -> tuple[float, float]:
-    """95% interval of sum(values)/sum(counts) over resampled blocks; of few, as wide as Student's t."""
-    rng = np.random.default_rng(seed)
-    pick = rng.integers(0, len(values), (samples, len(values)))
-    ratios = values[pick].sum(1) / np.maximum(counts[pick].sum(1), 1)
-    if len(values) == 1:
-        return float(ratios[0]), float(ratios[0])
-    whole = values.sum() / max(counts.sum(), 1)
-    low, high = whole + (np.quantile(ratios, [0.025, 0.975]) - whole) * expansion(len(values), 0.025)
+def _kl_interval(kl: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float]:
+    """95% interval of the mean of `kl` [N] of N blocks; of few, as wide as Student's t."""
+    whole = np.average(kl, weights=counts)
+    if len(kl) == 1:
+        return float(whole), float(whole)
+    draws = means(resamples(len(kl), seed), kl[:, None], counts)
+    low, high = whole + (percentiles(draws, (2.5, 97.5))[:, 0] - whole) * expansion(len(kl), 0.025)
     return max(0.0, float(low)), float(high)
 
 
@@ -249,17 +224,7 @@ def _sizes(stack: LayerStack, prefix: str) -> dict[str, int]:
     }
 
 
-def _as_record(record: dict[str, Any] | Evaluation | None) -> dict[str, Any]:
-    if isinstance(record, Evaluation):
-        return record.teacher_record()
-    return record or {}
-
-
-def _recorded(kept: Any, suite: Any):
-    """The teacher's kept result, where it stands for the same tasks; else None."""
-    if not kept:
-        return None
-    from ildlab.evaluate.results import SuiteResult
-
-    result = SuiteResult.from_dict(kept) if isinstance(kept, dict) else kept
-    return result if result.fingerprint == suite.fingerprint else None
+def _recorded(kept: Any, suite: Any) -> SuiteResult | None:
+    """The teacher's kept result, where it stands for the same tasks."""
+    result = SuiteResult.from_dict(kept) if kept else None
+    return result if result is not None and result.fingerprint == suite.fingerprint else None
