@@ -285,6 +285,7 @@ def test_paper7_on_local_stand_ins_of_the_same_schema(tmp_path, tiny, teacher, m
 
     model = tiny(2, vocab=len(teacher.tokenizer))
     model.config.max_position_embeddings = 2048
+    model.generation_config.eos_token_id = list(range(len(teacher.tokenizer)))  # any token ends an answer
     suite = load_suite("paper7", limit=2)
     found = score_suite(LayerStack(model), teacher.tokenizer, suite)
     names = "mmlu_en mmlu_ru summary_ru copy_document_ru copy_paragraph_ru en_ru ru_en".split()

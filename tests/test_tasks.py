@@ -11,7 +11,7 @@ from ildlab.errors import MeasureError, SuiteError
 from ildlab.evaluate.loglikelihood import Outcomes, encode, largest_tree, score_steps
 from ildlab.evaluate.packing import Encoded, make_batches
 from ildlab.evaluate.suites import Suite, score_suite
-from ildlab.evaluate.tasks import Task, check_row, kind_of, measures, pairs, read_jsonl, requests
+from ildlab.evaluate.tasks import Task, check_row, measures, pairs, read_jsonl, requests
 from ildlab.model.stack import LayerStack
 from ildlab.progress import drive
 
@@ -276,7 +276,7 @@ def test_gpt_neo_windows_hold_for_branches(teacher):
 )
 def test_bad_rows_name_where_they_stand(row, message):
     with pytest.raises(SuiteError, match=f"rows line 3: .*{message}"):
-        check_row("multiple_choice", row, "rows line 3")
+        check_row(row, "rows line 3", "multiple_choice")
 
 
 def test_bad_files_name_file_and_line(tmp_path):
@@ -293,7 +293,7 @@ def test_bad_files_name_file_and_line(tmp_path):
     with pytest.raises(SuiteError, match="cannot be read"):
         read_jsonl(tmp_path / "absent.jsonl")
     with pytest.raises(SuiteError, match="no known kind"):
-        kind_of({"question": 1}, "rows.jsonl line 1")
+        check_row({"question": 1}, "rows.jsonl line 1")
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,13 @@ class LmEvalSuite:
     def steps(self, stack: LayerStack, tokenizer: Any) -> Work[SuiteResult]:
         """Score a model, task by task; `suite_steps` is the way to call it."""
         yield Progress(0, 1, f"{self.name}: loading its data")
-        with self._readable(), _log():
+        with _quietly(self.name):
             tasks = _tasks(self.names, self.folder, self.fingerprint)
         results, notes = {}, []
         for done, (name, task) in enumerate(tasks.items()):
             yield Progress(done, len(tasks), f"{name} (lm-eval shows its own progress)")
             task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples at every call
-            with self._readable(), _log() as log:
+            with _quietly(name) as log:
                 samples = _run(stack, tokenizer, name, task, self.limit)
             # lm-eval has a sample for each document *and* filter of the answer: the first filter counts.
             filters = list(dict.fromkeys(sample["filter"] for sample in samples))
@@ -120,22 +120,6 @@ class LmEvalSuite:
             first = [sample for sample in samples if sample["filter"] == filters[0]]
             results[name] = _task_result(name, first, log.cut)
         return SuiteResult(self.name, self.fingerprint, results, notes=notes)
-
-    @contextmanager
-    def _readable(self) -> Iterator[None]:
-        """Errors of a Hub out of reach, and of a window too short, as words for people."""
-        try:
-            yield
-        except AssertionError as error:
-            raise SuiteError(f"lm-eval refuses {self.name}: {first_line(error)}") from error
-        except Exception as error:
-            if not _no_hub(error):
-                raise
-            raise SuiteError(
-                f"lm-eval could not load the data of {self.name}: {first_line(error)}\nIts tasks come from the Hub: run "
-                "this where there is network access, put copies of the data sets below the working directory "
-                "(`hf download --repo-type dataset OWNER/NAME --local-dir OWNER/NAME`), or use 'mini7'."
-            ) from error
 
 
 def _run(stack: LayerStack, tokenizer: Any, name: str, task: Any, limit: int | None) -> list[dict]:
@@ -197,13 +181,6 @@ def _tasks(names: tuple[str, ...], folder: Path | None, fingerprint: str) -> dic
     return _manager(folder).load(list(names))["tasks"]
 
 
-def _no_hub(error: Exception) -> bool:
-    """Whether an error means that a data set on the Hub is out of reach, or not there."""
-    if isinstance(error, ConnectionError) or type(error).__module__.startswith(("huggingface_hub", "httpx")):
-        return True
-    return type(error).__name__ in ("DatasetNotFoundError", "OfflineModeIsEnabled")
-
-
 class _Log(logging.Handler):
     """Counts lm-eval's warnings of contexts that it cuts, and shows its errors alone."""
 
@@ -216,11 +193,23 @@ class _Log(logging.Handler):
 
 
 @contextmanager
-def _log() -> Iterator[_Log]:
-    logger, handler = logging.getLogger("lm_eval"), _Log()
+def _quietly(name: str) -> Iterator[_Log]:
+    """Run lm-eval with its log kept, and with words for people where its data or the model's window say no."""
+    logger, log = logging.getLogger("lm_eval"), _Log()
     before = logger.handlers, logger.propagate, logger.level
-    logger.handlers, logger.propagate, logger.level = [handler], False, logging.WARNING
+    logger.handlers, logger.propagate, logger.level = [log], False, logging.WARNING
     try:
-        yield handler
+        yield log
+    except AssertionError as error:
+        raise SuiteError(f"lm-eval refuses {name}: {first_line(error)}") from error
+    except Exception as error:
+        away = type(error).__name__ in ("ConnectionError", "DatasetNotFoundError", "OfflineModeIsEnabled")
+        if not away and not type(error).__module__.startswith(("huggingface_hub", "httpx")):
+            raise
+        raise SuiteError(
+            f"lm-eval could not load the data of {name}: {first_line(error)}\nIts tasks come from the Hub: run this "
+            "where there is network access, put copies of the data sets below the working directory "
+            "(`hf download --repo-type dataset OWNER/NAME --local-dir OWNER/NAME`), or use 'mini7'."
+        ) from error
     finally:
         logger.handlers, logger.propagate, logger.level = before

@@ -141,12 +141,14 @@ class Evaluation:
             rows.append((label, f"{found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}]", ""))
         return rows
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """`summary` as a table."""
+        return pd.DataFrame(self.summary(), columns=["", "student", "teacher"]).set_index("")
+
     def __str__(self) -> str:
-        rows = [("", "student", "teacher"), *self.summary()]
-        first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-        return "\n".join(f"{what:<{first}}  {mine:>{second}}  {theirs}".rstrip() for what, mine, theirs in rows)
+        return self.table.to_string(index_names=False)
 
     def _repr_html_(self) -> str:
-        table = pd.DataFrame(self.summary(), columns=["", "student", "teacher"]).set_index("")
         where = f"{self.tokens:,} tokens of {self.text.get('source') or 'a tensor of blocks'}"
-        return html_table(table, "Evaluation", f"{where}, {self.seconds:.0f} s")
+        return html_table(self.table, "Evaluation", f"{where}, {self.seconds:.0f} s")

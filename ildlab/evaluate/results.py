@@ -35,13 +35,13 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, value: float, draws: np.ndarray, examples: list[int]) -> Estimate:
-        """Interval of bootstrap `draws` [draws] over tasks of so many examples each.
+    def of(cls, value: float, draws: np.ndarray, *tasks: TaskResult) -> Estimate:
+        """Interval of bootstrap `draws` [draws] over the examples of tasks.
 
         A bootstrap's percentiles are a normal's where the mean of few values follows Student's t; each task has
         n - 1 degrees of freedom (Hesterberg 2015).
         """
-        freedom = sum(n - 1 for n in examples)
+        freedom = sum(task.n - 1 for task in tasks)
         if freedom < 1 or math.isnan(value):
             return cls(float(value), math.nan, math.nan)
         low, high = percentiles(draws[:, None], (100 * TAIL, 100 * (1 - TAIL)))[:, 0]
@@ -121,7 +121,7 @@ class TaskResult:
 
     def interval(self, seed: int = 0) -> Estimate:
         """Score with its interval."""
-        return Estimate.of(self.score, self.resampled(seed), [self.n])
+        return Estimate.of(self.score, self.resampled(seed), self)
 
 
 @dataclass
@@ -159,11 +159,6 @@ class SuiteResult:
         total = sum(task.weight for task in self.tasks.values())
         return sum(task.weight * of(task) for task in self.tasks.values()) / total
 
-    @property
-    def examples(self) -> list[int]:
-        """How many examples each task has."""
-        return [task.n for task in self.tasks.values()]
-
     def resampled(self, corrected: bool = False, seed: int = 0) -> np.ndarray:
         """Aggregates [draws] of bootstrap samples; the same examples for the same seed."""
         draws = {
@@ -175,33 +170,25 @@ class SuiteResult:
     def interval(self, corrected: bool = False, seed: int = 0) -> Estimate:
         """Aggregate with its interval."""
         value = self.aggregate_corrected if corrected else self.aggregate
-        return Estimate.of(value, self.resampled(corrected, seed), self.examples)
+        return Estimate.of(value, self.resampled(corrected, seed), *self.tasks.values())
 
     @property
     def table(self) -> pd.DataFrame:
         """One row a task: score, its interval, chance, corrected score, examples."""
-        rows = {}
-        for number, (name, task) in enumerate(self.tasks.items()):
-            found = task.interval(7919 * number)
-            rows[name] = {
-                "measure": task.measure,
-                "score": found.value,
-                "low": found.low,
-                "high": found.high,
-                "chance": task.chance,
-                "corrected": task.corrected,
-                "n": task.n,
-            }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
+        rows = []
+        for number, task in enumerate(self.tasks.values()):
+            found = asdict(task.interval(7919 * number))
+            rows.append([task.name, task.measure, *found.values(), task.chance, task.corrected, task.n])
+        columns = ["task", "measure", "score", "low", "high", "chance", "corrected", "n"]
+        return pd.DataFrame(rows, columns=columns).set_index("task")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; values to 6 digits."""
-        tasks = [
-            {**asdict(task), "values": [float(f"{value:.6g}") for value in task.values]}
-            for task in self.tasks.values()
-        ]
-        mean = {"aggregate": self.aggregate, "aggregate_corrected": self.aggregate_corrected}
-        return {**asdict(self), **mean, "tasks": tasks}
+        tasks = [asdict(task) for task in self.tasks.values()]
+        for task in tasks:
+            task["values"] = [float(f"{value:.6g}") for value in task["values"]]
+        means = {"aggregate": self.aggregate, "aggregate_corrected": self.aggregate_corrected}
+        return {**asdict(self), **means, "tasks": tasks}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SuiteResult:
@@ -221,10 +208,9 @@ class SuiteResult:
 
 def html_table(table: pd.DataFrame, label: str, caption: str) -> str:
     """A table as HTML, its texts escaped, with a label for screen readers."""
-    style = (
-        table.style.format(escape="html", precision=3).format_index(escape="html").set_uuid(label.replace(" ", "_"))
-    )
-    return style.set_caption(html.escape(caption)).set_table_attributes(f"aria-label='{label}'").to_html()
+    with pd.option_context("display.max_colwidth", None):
+        body = table.to_html(border=0, float_format="{:.3f}".format, index_names=False)
+    return f"<div role='group' aria-label='{label}'>{html.escape(caption)}{body}</div>"
 
 
 def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False, seed: int = 0) -> Estimate:
@@ -266,7 +252,7 @@ def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool 
         return Estimate(math.nan, math.nan, math.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = 1 - student.resampled(corrected, seed) / teacher.resampled(corrected, seed)
-    return Estimate.of(1 - mine / theirs, draws, student.examples)
+    return Estimate.of(1 - mine / theirs, draws, *student.tasks.values())
 
 
 def compare(**results: SuiteResult) -> pd.DataFrame:

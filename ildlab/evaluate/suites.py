@@ -1,8 +1,8 @@
 """Suites: named sets of tasks, of YAML and JSONL files or of lm-eval, and scoring a model on them.
 
 A suite file says, for each task: `name`, `file` (JSONL, beside the suite file), and optionally `kind` (see
-`ildlab.evaluate.tasks`), `shots_file` for few-shot examples, `limit` (rows at most), `metric`, `normalise`,
-`chance`, `weight`, `fewshot`, `delimiter`, `separator`. A YAML file of lm-eval's (`task:` or `group:`) is a suite too.
+`ildlab.evaluate.tasks`), `shots_file` for few-shot examples, `metric`, `normalise`, `chance`, `weight`,
+`fewshot`, `delimiter`, `separator`. A YAML file of lm-eval's (`task:` or `group:`) is a suite too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ class Suite:
 
     Attributes
     ----------
-    name, description : str
+    name : str
     tasks : tuple of Task
     swept : bool
         Whether an ablation sweep can score it.
@@ -48,7 +49,6 @@ class Suite:
 
     name: str
     tasks: tuple[Task, ...]
-    description: str = ""
 
     swept = True
 
@@ -73,7 +73,7 @@ class Suite:
         """
         if limit < 1:
             raise SuiteError(f"limit={limit}: a task needs at least one example.")
-        return Suite(self.name, tuple(task.take(limit) for task in self.tasks), self.description)
+        return Suite(self.name, tuple(task.take(limit) for task in self.tasks))
 
     def plan(self, tokenizer: Any, length: int) -> Plan:
         """Encode all log-likelihood requests for a model's window of `length` tokens."""
@@ -84,23 +84,25 @@ class Suite:
         length = window(stack, tokenizer)
         plan = self.plan(tokenizer, length)
         found = plan.measures((yield from score_steps(stack, plan.encoded, plan.groups, note=self.name)))
-        results = {task.name: _task_result(task, found[task.name], plan.truncated[task.name]) for task in self.tasks}
-        cut = {name: number for name, number in plan.truncated.items() if number}
-        notes = [
-            f"{name}: {number} contexts were cut from the left to {length} tokens." for name, number in cut.items()
-        ]
+        results, notes = {}, []
+        for task in self.tasks:
+            values, cut = found[task.name], plan.truncated[task.name]
+            results[task.name] = TaskResult(
+                task.name,
+                task.kind,
+                task.measure,
+                values[task.measure].tolist(),
+                chance=task.chance,
+                weight=task.weight,
+                others={name: float(each.mean()) for name, each in values.items() if name != task.measure},
+                truncated=cut,
+            )
+            if cut:
+                notes.append(f"{task.name}: {cut} contexts were cut from the left to {length} tokens.")
         return SuiteResult(self.name, self.fingerprint, results, notes=notes)
 
     def __repr__(self) -> str:
         return f"Suite({self.name}: {', '.join(f'{task.name} ({len(task.rows)})' for task in self.tasks)})"
-
-
-def _task_result(task: Task, values: dict[str, np.ndarray], truncated: int) -> TaskResult:
-    others = {name: float(value.mean()) for name, value in values.items() if name != task.measure}
-    scores = values[task.measure].tolist()
-    return TaskResult(
-        task.name, task.kind, task.measure, scores, None, task.chance, "higher", task.weight, others, truncated
-    )
 
 
 # ------------------------------------------------------------------- loading
@@ -143,12 +145,12 @@ def load_suite(suite: Any, *, limit: int | None = None) -> Any:
 
 
 def _load(name: str) -> Any:
-    if name.startswith("lm-eval:"):
-        return _lm_eval_suite(part.strip() for part in name.removeprefix("lm-eval:").split(","))
-    if name.startswith("file:"):
+    prefix, mark, names = name.partition(":")
+    if mark and prefix == "lm-eval":
+        return _of_lm_eval(part.strip() for part in names.split(","))
+    if mark and prefix == "file":
         tasks = []
-        for part in name.removeprefix("file:").split(","):
-            path = Path(part.strip()).expanduser()
+        for path in (Path(part.strip()).expanduser() for part in names.split(",")):
             kind, rows = read_jsonl(path)
             tasks.append(Task(path.stem, kind, tuple(rows), chance=_chance(kind, rows)))
         return Suite("+".join(task.name for task in tasks), tuple(tasks))
@@ -156,7 +158,7 @@ def _load(name: str) -> Any:
     return _from_yaml(path) if path.suffix in (".yaml", ".yml") else _shipped(name)
 
 
-def _lm_eval_suite(names, folder: Path | None = None) -> Any:
+def _of_lm_eval(names, folder: Path | None = None) -> Any:
     from ildlab.evaluate.lm_eval import LmEvalSuite  # an extra, and slow to import
 
     return LmEvalSuite.of(names, folder)
@@ -181,17 +183,9 @@ def _chance(kind: str, rows: Sequence[dict]) -> float:
     return float(np.mean([1 / len(options(row)) for row in rows])) if kind == "multiple_choice" else 0.0
 
 
-_TEXT, _NUMBER, _WHOLE = (str, "a text"), ((int, float), "a number"), (int, "a whole number")
-_SETTINGS = {
-    "metric": _TEXT,
-    "normalise": _TEXT,
-    "chance": _NUMBER,
-    "weight": _NUMBER,
-    "fewshot": _WHOLE,
-    "delimiter": _TEXT,
-    "separator": _TEXT,
-}
-_OTHERS = {"name": _TEXT, "kind": _TEXT, "file": _TEXT, "shots_file": _TEXT, "limit": _WHOLE}
+_TYPES = {"str": (str, "a text"), "float": ((int, float), "a number"), "int": (int, "a whole number")}
+_SETTINGS = {each.name: _TYPES[each.type] for each in fields(Task) if each.type in _TYPES}
+_FILES = dict.fromkeys(("file", "shots_file"), _TYPES["str"])
 
 
 def _from_yaml(path: Path) -> Any:
@@ -199,7 +193,7 @@ def _from_yaml(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         theirs = re.search(r"^group: *(\S+)", text, re.M) or re.search(r"^task: *(\S+)", text, re.M)
         if theirs:
-            return _lm_eval_suite([theirs[1]], path.parent)
+            return _of_lm_eval([theirs[1]], path.parent)
         content = yaml.safe_load(text)
     except OSError as error:
         raise SuiteError(f"The suite file {path} cannot be read: {error.strerror or error}.") from error
@@ -208,7 +202,7 @@ def _from_yaml(path: Path) -> Any:
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
         raise SuiteError(f"The suite file {path} needs `name:` and a list `tasks:`.")
     tasks = tuple(_task(path, number, spec) for number, spec in enumerate(content["tasks"], 1))
-    return Suite(str(content.get("name", path.stem)), tasks, str(content.get("description", "")))
+    return Suite(str(content.get("name", path.stem)), tasks)
 
 
 def _task(path: Path, number: int, spec: Any) -> Task:
@@ -217,20 +211,17 @@ def _task(path: Path, number: int, spec: Any) -> Task:
         raise SuiteError(f"{path.name}, task {number}: a task needs `name:` and `file:`.")
     where = f"{path.name}, task {spec['name']!r}"
     for name, value in spec.items():
-        if name not in _SETTINGS and name not in _OTHERS:
+        if name not in _SETTINGS | _FILES:
             raise SuiteError(f"{where}: unknown setting {name}.")
-        types, told = _SETTINGS.get(name) or _OTHERS[name]
+        types, told = (_SETTINGS | _FILES)[name]
         if not isinstance(value, types) or isinstance(value, bool):
             raise SuiteError(f"{where}: {name}: {value!r} is not {told}.")
-    if spec.get("limit", 1) < 1:
-        raise SuiteError(f"{where}: limit: {spec['limit']} leaves no example.")
     if spec.get("kind", KINDS[0]) not in KINDS:
         raise SuiteError(f"{where}: kind {spec['kind']!r} does not exist; choose one of {', '.join(KINDS)}.")
     kind, rows = read_jsonl(path.parent / spec["file"], spec.get("kind"))
     shots = read_jsonl(path.parent / spec["shots_file"], kind)[1] if "shots_file" in spec else ()
     settings = {"chance": _chance(kind, rows)} | {name: spec[name] for name in _SETTINGS if name in spec}
-    task = Task(spec["name"], kind, tuple(rows), shots=tuple(shots), **settings)
-    return task.take(spec["limit"]) if "limit" in spec else task
+    return Task(**settings | {"kind": kind, "rows": tuple(rows), "shots": tuple(shots)})
 
 
 # ------------------------------------------------------------------- scoring
@@ -254,9 +245,9 @@ def suite_steps(
     # Weights that accelerate keeps elsewhere would all have to be loaded to name the model.
     if cache is not None and not any(p.is_meta for p in stack.model.parameters()):
         kept = Path(cache) / f"{model_fingerprint(stack, tokenizer)[:24]}-{suite.fingerprint[:24]}.json"
-        found = _read_kept(kept)
-        if found is not None:
-            return found
+        # One of another version, or damaged, is made again and written over.
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            return SuiteResult.from_dict(json.loads(kept.read_text(encoding="utf-8")))
     start = time.perf_counter()
     result = yield from suite.steps(stack, tokenizer)
     result.seconds = time.perf_counter() - start
@@ -290,12 +281,3 @@ def model_fingerprint(stack: LayerStack, tokenizer: Any) -> str:
             digest.update(flat.cpu().numpy().data)
         _NAMED[stack] = state, digest.hexdigest()
     return _NAMED[stack][1]
-
-
-def _read_kept(path: Path) -> SuiteResult | None:
-    try:
-        return SuiteResult.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return None  # of another version, or damaged: it is made again and written over

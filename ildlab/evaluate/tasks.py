@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -157,10 +157,10 @@ def measures(task: Task, owner: Sequence[int], outcomes: Outcomes) -> dict[str, 
         found = {"exact": exact, "loglikelihood": outcomes.loglikelihood / outcomes.length}
         return found if task.kind == "cloze" else {"prefix": outcomes.matched / outcomes.length, **found}
     raw, by_bytes = np.empty(len(task.rows)), np.empty(len(task.rows))
-    ends = np.cumsum(np.bincount(np.asarray(owner), minlength=len(task.rows)))
-    for index, (row, end) in enumerate(zip(task.rows, ends)):
+    starts = np.searchsorted(owner, np.arange(len(task.rows)))
+    for index, (row, start) in enumerate(zip(task.rows, starts)):
         sizes = np.array([len(answer.encode("utf-8")) for _, answer in options(row)], float)
-        found = outcomes.loglikelihood[end - len(sizes) : end]
+        found = outcomes.loglikelihood[start : start + len(sizes)]
         raw[index] = float(int(found.argmax()) == row["gold"])
         by_bytes[index] = float(int((found / sizes).argmax()) == row["gold"])
     return {"accuracy_raw": raw, "accuracy_bytes": by_bytes}
@@ -168,60 +168,50 @@ def measures(task: Task, owner: Sequence[int], outcomes: Outcomes) -> dict[str, 
 
 # -------------------------------------------------------------------- rows
 
-_TYPES = {"query": str, "choices": list, "gold": int, "context_options": list, "continuation": str, "context": str}
-_CHOICE, _PAIRS, _PLAIN = (
-    ("query", "choices", "gold"),
-    ("context_options", "continuation", "gold"),
-    ("context", "continuation"),
-)
+_CHOICE = {"query": str, "choices": list, "gold": int}
+_PAIRS = {"context_options": list, "continuation": str, "gold": int}
+_PLAIN = {"context": str, "continuation": str}
 
 
-def kind_of(row: dict, where: str) -> str:
-    """Guess the kind of a row by its fields.
+def check_row(row: Any, where: str, kind: str | None = None) -> tuple[str, dict]:
+    """Check a row; return its kind (guessed by its fields, where none is given) and the fields that this kind has.
 
     Raises
     ------
     SuiteError
-        No kind has these fields; names where the row stands.
-    """
-    if {"query", "choices"} <= row.keys() or "context_options" in row:
-        return "multiple_choice"
-    if set(_PLAIN) <= row.keys():
-        return "cloze"
-    raise SuiteError(
-        f"{where}: the fields {', '.join(row) or '(none)'} are of no known kind. A row is {{query, choices, gold}}, "
-        "{context_options, continuation, gold} or {context, continuation}."
-    )
-
-
-def check_row(kind: str, row: Any, where: str) -> dict:
-    """Return the fields of the row that its kind has, or say what is wrong with it and where it stands.
-
-    Raises
-    ------
-    SuiteError
+        Says what is wrong with the row, and where it stands.
     """
     if not isinstance(row, dict):
         raise SuiteError(f"{where}: a row is a JSON object, not {type(row).__name__}.")
-    needs = _PLAIN if kind != "multiple_choice" else _PAIRS if "context_options" in row else _CHOICE
-    for name in needs:
+    if kind is None:
+        choices = {"query", "choices"} <= row.keys() or "context_options" in row
+        kind = "multiple_choice" if choices else "cloze" if row.keys() >= _PLAIN.keys() else None
+    if kind is None:
+        raise SuiteError(
+            f"{where}: the fields {', '.join(row) or '(none)'} are of no known kind. A row is "
+            "{query, choices, gold}, {context_options, continuation, gold} or {context, continuation}."
+        )
+    shape = _PLAIN if kind != "multiple_choice" else _PAIRS if "context_options" in row else _CHOICE
+    for problem in _problems(row, shape):  # the first one says enough
+        raise SuiteError(f"{where}: {problem}.")
+    return kind, {name: row[name] for name in shape}
+
+
+def _problems(row: dict, shape: dict[str, type]) -> Iterator[str]:
+    for name, wanted in shape.items():
         if name not in row:
-            raise SuiteError(f"{where}: the field {name!r} is missing; a {kind} row needs {', '.join(needs)}.")
-        if not isinstance(row[name], _TYPES[name]) or isinstance(row[name], bool):
-            raise SuiteError(f"{where}: {name!r} must be {_TYPES[name].__name__}, not {type(row[name]).__name__}.")
-    for name in {"choices", "context_options"} & set(needs):
-        for number, option in enumerate(row[name]):
+            yield f"the field {name!r} is missing; a row of this kind needs {', '.join(shape)}"
+        if not isinstance(row[name], wanted) or isinstance(row[name], bool):
+            yield f"{name!r} must be {wanted.__name__}, not {type(row[name]).__name__}"
+        for number, option in enumerate(row[name] if wanted is list else ()):
             if not isinstance(option, str) or not option.strip():
-                raise SuiteError(f"{where}: {name}[{number}] is empty or not a text.")
-        if len(row[name]) < 2:
-            raise SuiteError(f"{where}: {name!r} has {len(row[name])} entries, too few.")
-        if not 0 <= row["gold"] < len(row[name]):
-            raise SuiteError(
-                f"{where}: gold is {row['gold']}, but there are {len(row[name])} {name} (0 is the first)."
-            )
-    if "continuation" in needs and not row["continuation"].strip():
-        raise SuiteError(f"{where}: 'continuation' is empty.")
-    return {name: row[name] for name in needs}
+                yield f"{name}[{number}] is empty or not a text"
+        if wanted is list and len(row[name]) < 2:
+            yield f"{name!r} has {len(row[name])} entries, too few"
+    if "gold" in shape and not 0 <= row["gold"] < len(options(row)):
+        yield f"gold is {row['gold']}, but there are {len(options(row))} choices (0 is the first)"
+    if "continuation" in shape and not row["continuation"].strip():
+        yield "'continuation' is empty"
 
 
 def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:
@@ -254,12 +244,10 @@ def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:
             continue
         where = f"{path.name} line {number}"
         try:
-            row = json.loads(line)
+            kind, row = check_row(json.loads(line), where, kind)
         except json.JSONDecodeError as error:
             raise SuiteError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
-        if kind is None:
-            kind = kind_of(row if isinstance(row, dict) else {}, where)
-        rows.append(check_row(kind, row, where))
+        rows.append(row)
     if not rows:
         raise SuiteError(f"{path} holds no examples.")
     return kind, rows
