@@ -95,14 +95,14 @@ def test_log_probabilities_are_exact_over_a_large_vocabulary(tiny):
     """torch's log_softmax in fp32 errs by 3e-5 there on a CPU."""
     import ildlab.evaluate.text_quality as module
 
-    student, teacher = (LayerStack(tiny(1, vocab=150_000, hidden=8, seed=seed)) for seed in (0, 1))
-    hidden = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+    student, teacher = (LayerStack(tiny(1, vocab=50_000, hidden=128, seed=seed)) for seed in (0, 1))
+    hidden = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(0))
     gold = torch.arange(6) + 5
     found = module._beside_teacher(student, teacher, *hidden, gold)
     logq, logp = (s.logits(h).double().log_softmax(-1) for s, h in zip((student, teacher), hidden))
     want = [-logq.gather(1, gold[:, None])[:, 0], -logp.gather(1, gold[:, None])[:, 0]]
     want.append((logp.exp() * (logp - logq)).sum(-1))
-    torch.testing.assert_close(found[:, 1:4], torch.stack(want, 1), atol=4e-6, rtol=0)
+    torch.testing.assert_close(found[:, 1:4], torch.stack(want, 1), atol=7e-6, rtol=0)
 
 
 def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, monkeypatch):
