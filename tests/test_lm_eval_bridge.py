@@ -219,8 +219,10 @@ def test_a_sweep_refuses_it(stack, teacher, generating):
 def test_its_name_follows_its_files(generating):
     suite = load_suite(generating)
     assert load_suite(generating).fingerprint == suite.fingerprint != suite.take(1).fingerprint
-    (generating.parent / "goes_on.jsonl").write_text("{}")
-    assert load_suite(generating).fingerprint != suite.fingerprint
+    for name in ("goes_on.jsonl", "_included"):
+        before = load_suite(generating).fingerprint
+        (generating.parent / name).write_text("{}")
+        assert load_suite(generating).fingerprint != before
 
 
 def test_unknown_and_unreachable_tasks(stack, teacher, tmp_path, monkeypatch):

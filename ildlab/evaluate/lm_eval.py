@@ -35,6 +35,7 @@ except ImportError as error:
     raise SuiteError("Suites of lm-eval need it: pip install 'ildlab[eval]' (lm-eval 0.4.13 is tested).") from error
 
 BRIDGE = 1  # raise it when scores change, so that kept results are not mistaken for today's
+TOLD = ("", ".yaml", ".py", ".json", ".jsonl", ".csv", ".txt")  # files of these kinds decide what a task is
 FEWSHOT_SEED = 1234  # lm-eval's own default
 # The measure that counts, where a task has several: lm-eval's own leaderboards prefer the normalised one.
 PREFERRED = ("acc_norm", "acc_bytes", "acc", "exact_match", "f1", "rougeL", "bits_per_byte")
@@ -87,10 +88,10 @@ class LmEvalSuite:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of task names, limit, lm-eval's version, and the files of the folder."""
+        """sha256 (hex) of task names, limit, lm-eval's version, and the files that lie in the folder itself."""
         digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__, BRIDGE)).encode())
-        for pattern in ("*.yaml", "*.py", "*.json*") if self.folder else ():
-            for file in sorted(self.folder.rglob(pattern)):
+        for file in sorted(self.folder.iterdir()) if self.folder else ():
+            if file.is_file() and file.suffix in TOLD:
                 digest.update(file.read_bytes())
         return digest.hexdigest()
 
