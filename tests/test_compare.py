@@ -63,11 +63,11 @@ def test_every_method_has_a_curve_and_goes_on_where_it_stopped(table, loaded):
 
 
 def test_the_teacher_is_scored_once(loaded, text_file, tmp_path, monkeypatch):
-    import ildlab.evaluate.suites as suites
+    from ildlab.evaluate.suites import Suite
 
     scored = []
-    real = suites._own_steps
-    monkeypatch.setattr(suites, "_own_steps", lambda stack, *a: scored.append(len(stack)) or real(stack, *a))
+    real = Suite.steps
+    monkeypatch.setattr(Suite, "steps", lambda suite, stack, *a: scored.append(len(stack)) or real(suite, stack, *a))
     chosen = ["shortgpt", "iterative_block_influence"]
     settings = {"text": str(text_file), **SETTINGS, "evaluate_every": 1}
     table = drive(compare_steps(tmp_path, loaded, remove=1, methods=chosen, **settings))

@@ -83,11 +83,10 @@ def task_steps(
     if tokenizer is None:
         raise MeasureError("The metric 'task' needs the tokenizer: pass tokenizer=loaded.tokenizer.")
     suite = load_suite(suite, limit=limit)
-    generating = [task.name for task in suite.tasks if task.generates]
-    if generating:
+    if not suite.swept:
         raise MeasureError(
-            f"The metric 'task' scores log-likelihoods; {', '.join(generating)} of {suite.name} must generate text. "
-            "Leave these tasks out, or use a suite without them, such as 'mini7'."
+            f"The metric 'task' scores log-likelihoods, but lm-eval runs {suite.name} by itself. Use a suite of your "
+            "own rows, such as 'mini7'."
         )
     plan = suite.plan(tokenizer, window(student, tokenizer))
     job = _Sweep(student, plan, max_branch_bytes)
