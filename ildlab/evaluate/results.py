@@ -39,8 +39,10 @@ class Estimate:
         Each task has n - 1 degrees of freedom.
         """
         freedom = sum(task.n - 1 for task in tasks)
-        if math.isnan(value):
-            return cls(math.nan, math.nan, math.nan)
+        if math.isnan(value) or freedom < 1:
+            return cls(float(value), math.nan, math.nan)
+        # `resampled` has widened each task by its own n / (n - 1); `interval` would do so once more for all of them.
+        draws = value + (draws - value) * math.sqrt(freedom / (freedom + 1))
         return cls(float(value), *(float(bound) for bound in interval(value, draws, freedom + 1)))
 
     def __str__(self) -> str:
