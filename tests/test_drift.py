@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ildlab.errors import MeasureError
-from ildlab.importance.agreement import compare_metrics, rank_agreement
+from ildlab.importance.agreement import rank_agreement
 from ildlab.importance.hidden_states import block_distances, drift, logit_lens, redundancy, token_drift
-from ildlab.importance.scores import measure
+from ildlab.importance.dispatch import measure
 from ildlab.model.stack import LayerStack
 
 
@@ -153,9 +153,10 @@ def test_bad_input(pair, tokens, tiny):
         redundancy(broken, tokens)
 
 
-def test_compare_metrics(pair, tokens):
+def test_rank_agreement(pair, tokens):
     teacher, student = pair
-    found = compare_metrics(student, tokens, ("block_influence", "magnitude", "kl"), teacher, k=2, positions=5)
+    metrics = ("block_influence", "magnitude", "kl")
+    found = rank_agreement({m: measure(student, tokens, m, teacher, batch_size=2) for m in metrics}, k=2)
     assert len(found.table) == 3 and list(found.costs.index) == ["block_influence", "magnitude", "kl"]
     square = found.matrix("kendall")
     assert square.loc["kl", "magnitude"] == square.loc["magnitude", "kl"]

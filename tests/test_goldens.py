@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from ildlab import DistillConfig, LayerStack, PruningSession, load_model, load_text, measure
-from ildlab.distill.train import distill
-from ildlab.evaluate.text_quality import load_suite, score_suite
+from ildlab.distill import distill
+from ildlab.evaluate import load_suite, score_suite
 
 FOLDER = Path(__file__).parent / "goldens"
 GONE = (14, 17)  # so that student and teacher differ, and share their bottom

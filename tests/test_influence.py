@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ildlab.importance.samples import Positions, Rows
-from ildlab.importance.scores import measure
+from ildlab.importance.samples import Positions
+from ildlab.importance.dispatch import measure
 from ildlab.model.stack import LayerStack
+from ildlab.text.rows import Rows
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,14 @@
-"""Cheap metrics and the truth on one page: how far rankings of layers agree, and what each cost."""
+"""Agreement of metrics: how far their rankings of the same layers go together, and what each cost."""
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ildlab.errors import MeasureError
-from ildlab.importance.scores import METRICS, LayerScores, measure_steps
-from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress, drive
+from ildlab.importance.scores import LayerScores
 
 
 @dataclass
@@ -99,71 +95,3 @@ def rank_agreement(scores: dict[str, LayerScores], k: int = 5) -> Comparison:
     costs.insert(1, "times_cheapest", costs["seconds"] / max(costs["seconds"].min(), 1e-9))
     costs["least"] = costs["least"].astype(int)
     return Comparison(dict(scores), pd.DataFrame(rows), costs, k)
-
-
-def compare_metrics_steps(
-    student: LayerStack,
-    blocks,
-    metrics: Sequence[str] = ("block_influence", "angular_distance", "relative_l2", "taylor", "nll"),
-    teacher: LayerStack | None = None,
-    *,
-    k: int = 5,
-    **options,
-) -> Generator[Progress, None, Comparison]:
-    """Generator behind `compare_metrics`."""
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise MeasureError(f"There is no metric {unknown[0]!r}. Choose from: {', '.join(METRICS)}.")
-    # What can be wrong is found out before the first metric is paid for.
-    if len(set(metrics)) < 2:
-        raise MeasureError("A comparison needs at least two metrics.")
-    if not 1 <= k <= len(student):
-        raise MeasureError(f"k={k}: choose from 1 to {len(student)}, the number of layers.")
-    if "kl" in metrics and teacher is None:
-        raise MeasureError("The metric 'kl' compares with the teacher: give teacher=.")
-    found: dict[str, LayerScores] = {}
-    for number, name in enumerate(dict.fromkeys(metrics)):
-        mine = dict(options)
-        if name not in ("nll", "kl", "taylor"):
-            mine.pop("positions", None)  # the others pay no head
-        started = time.perf_counter()
-        work = measure_steps(student, blocks, name, teacher, **mine)
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as stop:
-                found[name] = stop.value
-                break
-            yield Progress(number, len(metrics), f"{name}: {step.done} of {step.total}", step.partial)
-        found[name].seconds = time.perf_counter() - started
-    yield Progress(len(metrics), len(metrics))
-    return rank_agreement(found, k)
-
-
-def compare_metrics(
-    student: LayerStack,
-    blocks,
-    metrics: Sequence[str] = ("block_influence", "angular_distance", "relative_l2", "taylor", "nll"),
-    teacher: LayerStack | None = None,
-    *,
-    k: int = 5,
-    show: bool | None = None,
-    **options,
-) -> Comparison:
-    """Measure several metrics on the same tokens and compare their rankings and costs.
-
-    Parameters
-    ----------
-    student, blocks, teacher
-        As for `ildlab.measure`.
-    metrics : sequence of str
-    k : int
-        How many of the least important layers the overlap looks at.
-    **options
-        Handed to `measure` (positions, batch_size, seed).
-
-    Returns
-    -------
-    Comparison
-    """
-    return drive(compare_metrics_steps(student, blocks, metrics, teacher, k=k, **options), desc="compare", show=show)

@@ -58,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class Halving:
+class SmallerOnOOM:
     """Run a job on rows; on an out-of-memory error halve the batch, remember the size, and say so.
 
     Parameters
@@ -106,7 +106,7 @@ class Halving:
         return np.concatenate(done) if done else np.empty((0, 0))
 
 
-def rounds(count: int, batch_size: int, run: Halving, *, first: int | None = None) -> Iterator:
+def rounds(count: int, batch_size: int, run: SmallerOnOOM, *, first: int | None = None) -> Iterator:
     """Yield (rows [n], values [n, columns]) of all ranks, round by round.
 
     Parameters
@@ -115,7 +115,7 @@ def rounds(count: int, batch_size: int, run: Halving, *, first: int | None = Non
         Rows in all.
     batch_size : int
         Rows that each rank takes in a round.
-    run : Halving
+    run : SmallerOnOOM
     first : int, optional
         Rows of a smaller first round (for each rank).
     """
