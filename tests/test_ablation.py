@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ildlab.importance import ablation
-from ildlab.importance.sweep import branches
 from ildlab.importance.dispatch import measure
+from ildlab.importance.sweep import branches
 from ildlab.model.head import branch_kl, branch_nll
 from ildlab.model.stack import LayerStack
 

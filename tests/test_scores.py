@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ildlab.errors import MeasureError, TextError
 from ildlab.importance import batches as parallel
-from ildlab.importance.samples import Positions
 from ildlab.importance.dispatch import measure, measure_steps
+from ildlab.importance.samples import Positions
 from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
-from ildlab.text.rows import Rows
 from ildlab.stats import resamples
+from ildlab.text.rows import Rows
 
 
 def made(values, weights=None, **kwargs):
@@ -133,7 +133,7 @@ def test_display_marks_the_least(small, tokens):
     scores = measure(small, tokens)
     page = scores._repr_html_()
     assert page.count("least important</td>") == 1
-    assert [int(i) for i in re.findall(r'<th [^>]*row_heading[^>]*>(\d+)</th>', page)] == scores.ranking
+    assert [int(i) for i in re.findall(r"<th [^>]*row_heading[^>]*>(\d+)</th>", page)] == scores.ranking
     assert all(f"[{row.ci_low:.4g}, {row.ci_high:.4g}]" in page for row in scores.table.itertuples())
     assert scores._repr_html_() == page  # no random names in a stored notebook
     assert "split-half" in page

@@ -113,7 +113,9 @@ def options_of(metric: str) -> set[str]:
     """
     if metric not in METRICS:
         raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
-    return {f.name for f in fields(MeasureConfig) if f.name != "metric" and metric in f.metadata.get("metrics", METRICS)}
+    return {
+        f.name for f in fields(MeasureConfig) if f.name != "metric" and metric in f.metadata.get("metrics", METRICS)
+    }
 
 
 def check_options(metric: str, options: dict[str, Any]) -> MeasureConfig:

@@ -250,7 +250,11 @@ def _values(
         weights = torch.cat([m.weights for m in mine])  # [n]
     else:
         lrp = config.metric == "lrp"
-        values = _lrp(student, batches, config.epsilon) if lrp else _pairwise(student, batches, config.metric, config.tokens)
+        values = (
+            _lrp(student, batches, config.epsilon)
+            if lrp
+            else _pairwise(student, batches, config.metric, config.tokens)
+        )
         weights = values.new_full((len(picked),), 1 if config.tokens == "last" else rows.tokens.shape[1])
         if config.tokens == "all" and rows.mask is not None:
             weights = rows.mask[torch.as_tensor(picked)].sum(1).to(weights)

@@ -41,7 +41,12 @@ class Race:
     over: bool = False
 
     def look(
-        self, values: np.ndarray, weights: np.ndarray, *, prior: np.ndarray | None = None, halve: np.ndarray | None = None
+        self,
+        values: np.ndarray,
+        weights: np.ndarray,
+        *,
+        prior: np.ndarray | None = None,
+        halve: np.ndarray | None = None,
     ) -> None:
         """Drop layers from `alive`, and say in `stopped` where the race is over.
 

@@ -27,6 +27,8 @@ class Positions:
         False for filling: sequences may have fewer valid positions than others.
     targets : Tensor [N, P] of int64
         The token that follows each position (its own token at the last one, which then has no use).
+    weights : Tensor [B]
+        Positions scored in each sequence; of a batch alone.
     """
 
     index: torch.Tensor

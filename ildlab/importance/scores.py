@@ -224,6 +224,8 @@ class LayerScores:
         )
         name = f"{zlib.crc32(repr(self.to_dict()).encode()):08x}"  # the page of the same scores is the same
         style = shown.rename_axis("layer").style.set_uuid(name).format({"score": "{:.4g}"})
-        style = style.bar(["score"], color="rgba(128, 128, 128, .4)", align="left", vmin=min(0.0, shown["score"].min()))
+        style = style.bar(
+            ["score"], color="rgba(128, 128, 128, .4)", align="left", vmin=min(0.0, shown["score"].min())
+        )
         table = style.set_table_attributes("aria-label='Importance by layer'").to_html()
         return f"<div>{head}{table}</div>"

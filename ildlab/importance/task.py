@@ -75,7 +75,7 @@ def task_steps(student: LayerStack, config: MeasureConfig, tokenizer: Any) -> Wo
 def _sweep_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
     started, depth = time.perf_counter(), len(student)
     plan = suite.plan(tokenizer, window(student, tokenizer))
-    job = _Sweep(student, plan, config.max_branch_bytes)
+    job = TaskSweep(student, plan, config.max_branch_bytes)
     race = Race(student.layer_ids, config.confidence, config.tie)
     parts = parts_of(plan, np.random.default_rng(config.seed)) if config.race else [np.arange(plan.examples)]
     cost = f"sweep of {suite.name}: {'at most ' * config.race}the layers of {(depth + 1) / 2:g} evaluations"
@@ -133,7 +133,7 @@ def parts_of(plan: Plan, rng: np.random.Generator) -> list[np.ndarray]:
     return parts
 
 
-class _Sweep:
+class TaskSweep:
     """Values of each example, whole and without each layer; filled part by part."""
 
     def __init__(self, student: LayerStack, plan: Plan, max_branch_bytes: int):
@@ -211,7 +211,9 @@ class _Sweep:
 
 def _separate_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
     started, ids, total = time.perf_counter(), student.layer_ids, len(student) + 1
-    yield Progress(0, total, f"separate evaluations of {suite.name}: {total}, the student's and one without each layer")
+    yield Progress(
+        0, total, f"separate evaluations of {suite.name}: {total}, the student's and one without each layer"
+    )
     whole = yield from relabel(suite_steps(student, tokenizer, suite), "the whole student", (0, total))
     found: dict[int, SuiteResult] = {}
     twin = student.share()  # so that whoever looks at the student meanwhile sees it whole
