@@ -18,16 +18,25 @@ from ildlab.distill import distill
 from ildlab.evaluate import load_suite, score_suite
 
 FOLDER = Path(__file__).parent / "goldens"
+KEPT = (0, 1, 2, 3, 8, 12, 14, 17, 20, 25, 28, 29)  # of SmolLM2's layers: a sweep costs their number squared
 GONE = (14, 17)  # so that student and teacher differ, and share their bottom
 ONE_PASS = ("block_influence", "angular_distance", "mse", "relative_l2", "lrp", "magnitude", "taylor")
 PROMPT = "The layers of a transformer"
 
 
+def cut():
+    """SmolLM2 with a part of its layers, in fp32."""
+    loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
+    whole = LayerStack(loaded.model)
+    for layer_id in set(whole.layer_ids) - set(KEPT):
+        whole.remove(layer_id)
+    return loaded, whole
+
+
 def pair():
     """Teacher in fp64, and a student without two of its layers."""
-    loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
+    loaded, teacher = cut()
     loaded.model.double()
-    teacher = LayerStack(loaded.model)
     student = teacher.share()
     for layer_id in GONE:
         student.remove(layer_id)
@@ -71,9 +80,10 @@ def record_task() -> dict:
 
 
 def record_suite() -> dict:
-    """mini7@8 of the teacher, task by task."""
-    tokenizer, teacher, _ = pair()
-    found = score_suite(teacher, tokenizer, "mini7@8", show=False)
+    """mini7@8 of the whole of SmolLM2, task by task."""
+    loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
+    loaded.model.double()
+    found = score_suite(LayerStack(loaded.model), loaded.tokenizer, "mini7@8", show=False)
     return {name: task.score for name, task in found.tasks.items()} | {"aggregate": found.aggregate}
 
 
@@ -88,7 +98,7 @@ def record_distill() -> dict:
         tokenizer, teacher, student = pair()
         blocks = load_text("teacher-samples", tokenizer, block=48, tokens=12 * 48, split="train")
         result = distill(student, teacher, blocks, config, gap=GONE, show=False)
-        history = result.history.drop(columns=["seconds"])
+        history = result.history.drop(columns=["seconds", "tokens_per_second"])
         out[name] = {
             "trained": result.trained,
             **{c: [None if v != v else v for v in history[c].astype(float)] for c in history},
@@ -100,7 +110,10 @@ def record_session(folder: Path) -> dict:
     """Journal of two iterations in fp32, and logits of the exported checkpoint in stock transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = load_model("smollm2-135m", dtype="float32", device="cpu")
+    loaded, _ = cut()
+    loaded.model.save_pretrained(folder / "teacher")
+    loaded.tokenizer.save_pretrained(folder / "teacher")
+    loaded = load_model(folder / "teacher", dtype="float32", device="cpu")
     with PruningSession.create(
         folder / "run",
         loaded,
@@ -114,7 +127,7 @@ def record_session(folder: Path) -> dict:
         distill={"batch_size": 4},
         seed=3,
     ) as session:
-        session.run(target_layers=28, show=False)
+        session.run(target_layers=10, show=False)
         path = session.export(folder / "checkpoint")
         actions = [[s.action, s.parent, s.layer_ids, s.args.get("layer_id")] for s in session.steps]
         history = session.history()

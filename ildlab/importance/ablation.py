@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ildlab.importance.batches import SmallerOnOOM, rounds, world
 from ildlab.importance.config import MeasureConfig
-from ildlab.importance.one_pass import block_influence
+from ildlab.importance.one_pass import apart, token_mean
 from ildlab.importance.race import Race
 from ildlab.importance.samples import Collector, Positions
 from ildlab.importance.scores import LayerScores
@@ -46,6 +46,7 @@ class _Job:
     def _count(self, passes: int) -> None:
         self.passes += passes
 
+    @torch.no_grad()
     def __call__(self, picked: np.ndarray) -> Tensor:
         nll, size = self.config.metric == "nll", self.config.batch_size
         parts = [picked[i : i + size] for i in range(0, len(picked), size)]
@@ -76,7 +77,8 @@ class _Job:
                 else:
                     damage[b] += branch_kl(self.student, states[b], self.teacher, reference[b])
                 self.heads += len(states[b])
-        return torch.cat([self._columns(b, torch.stack(damage[b]), place, view) for b, place in enumerate(places)])
+        tables = [self._columns(b, torch.stack(damage[b]), place, view) for b, place in enumerate(places)]
+        return torch.cat(tables)  # [B, A + 2 (+ L)] a batch -> [n, A + 2 (+ L)]
 
     def _columns(self, b: int, damage: Tensor, place: Positions, view: _TrunkView) -> Tensor:
         """Rows of the job's result from the damage [A, B * P] of batch b."""
@@ -114,7 +116,8 @@ class _TrunkView:
     def __call__(self, q: int, b: int, hidden: Tensor) -> None:
         if self.prior:
             if q:
-                self.influence[b].append(block_influence(self.before[b], hidden, self.trunks[b].attention_mask))
+                turned = apart(self.before[b], hidden, "block_influence")  # [B, T, d] -> [B, T]
+                self.influence[b].append(token_mean(turned, self.trunks[b].attention_mask))
             self.before[b] = hidden
         if self.whole and q == self.top:
             self.final[b] = hidden
@@ -141,11 +144,9 @@ def ablation_steps(
     race = Race(student.layer_ids, config.confidence, config.tie)
     collected = Collector(config, rows.source, student.layer_ids, total)
     details = collected.details
-    details |= {"positions": config.positions, "batch_size": config.batch_size, "seed": config.seed}
-    details |= {"race": config.race, "ranks": world()[1], "dropped": race.dropped, "notes": run.notes}
+    details |= {"ranks": world()[1], "notes": run.notes, "dropped": race.dropped}
     if config.race:
-        details |= {"tie": config.tie, "first": config.first, "stopped": race.stopped}
-        job.want_prior = True
+        details["stopped"], job.want_prior = race.stopped, True
     whole = 0.0
     for picked, values in rounds(total, group, run, first=config.first if config.race else None):
         alive = len(job.alive)

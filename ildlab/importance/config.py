@@ -102,6 +102,10 @@ class MeasureConfig:
         if self.tie is None:
             object.__setattr__(self, "tie", TIES.get(self.metric))
 
+    def told(self) -> dict[str, Any]:
+        """The options of this metric as `LayerScores.details` keeps them: JSON-able, without the suite."""
+        return {name: getattr(self, name) for name in sorted(options_of(self.metric) - {"suite"})}
+
 
 def options_of(metric: str) -> set[str]:
     """Names of the options that `measure` takes for a metric.

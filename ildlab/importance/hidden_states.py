@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ildlab.errors import MeasureError
 from ildlab.importance.cka import Cka
-from ildlab.importance.one_pass import unit
+from ildlab.importance.one_pass import apart, token_mean
 from ildlab.importance.sweep import climb
 from ildlab.model.head import in_fp64, log_probabilities
 from ildlab.model.stack import LayerStack
@@ -29,6 +29,7 @@ from ildlab.stats import interval, mean, means, resamples
 from ildlab.text.rows import Rows
 
 OUT = "out"
+AS = {"cosine": "block_influence", "relative_l2": "relative_l2"}  # kind of drift -> the same between two layers
 TOKENS = 256  # whose [L+1, L+1] cosines are made at one time
 
 
@@ -139,7 +140,7 @@ def token_drift(
     _check(kind, ("cosine", "relative_l2"))
     _check_pair(student, teacher)
     ids, words = _encode(text, tokenizer)
-    rows = [_apart(mine, theirs, kind)[0] for mine, theirs in _pairs(student, teacher, ids)]  # [1, T] -> [T]
+    rows = [apart(theirs, mine, AS[kind])[0] for mine, theirs in _pairs(student, teacher, ids)]  # [1, T] -> [T]
     table = pd.DataFrame(torch.stack(rows).cpu().numpy(), index=_labels(student))
     table.columns.name = "position"
     table.attrs["tokens"] = words
@@ -249,14 +250,6 @@ def _batches(rows: Rows, batch_size: int, skip_first: bool) -> Iterator[tuple[np
         yield picked, rows.batch(picked), valid & (valid.cumsum(1) > 1) if skip_first else valid
 
 
-def _apart(mine: Tensor, theirs: Tensor, kind: str) -> Tensor:
-    """Drift [B, T] of two hidden states [B, T, d]."""
-    if kind == "cosine":
-        return (unit(mine) - unit(theirs)).square().sum(-1) / 2
-    mine, theirs = mine.float(), theirs.float()
-    return torch.linalg.vector_norm(mine - theirs, dim=-1) / torch.linalg.vector_norm(theirs, dim=-1)
-
-
 @torch.no_grad()
 def _redundancy_steps(
     model: LayerStack, rows: Rows, kind: str, skip_first: bool, batch_size: int
@@ -269,8 +262,8 @@ def _redundancy_steps(
             cka.add(states, states)
         else:
             for part in states.split(TOKENS, dim=1):
-                u = in_fp64(part)
-                u = (u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)).transpose(0, 1)  # [tokens, L+1, d]
+                u = in_fp64(part).transpose(0, 1)  # [tokens, L+1, d]
+                u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
                 cosine = u @ u.mT  # [tokens, L+1, L+1]
                 above = above + (cosine if kind == "cosine" else cosine.clamp(-1, 1).arccos() / torch.pi).sum(0)
                 count += len(u)
@@ -296,7 +289,7 @@ def _drift_steps(
             if kind == "cka":
                 one.add(mine[valid][None], theirs[valid][None])  # [B, T, d] -> [1, tokens, d]
             else:
-                columns.append(torch.where(valid, _apart(mine, theirs, kind), 0.0).sum(1) / valid.sum(1))  # [B]
+                columns.append(token_mean(apart(theirs, mine, AS[kind]), valid))  # [B, T, d] -> [B, T] -> [B]
         if columns:
             values[picked] = torch.stack(columns, 1).cpu().numpy()
             weights[picked] = valid.sum(1).cpu().numpy()

@@ -40,45 +40,29 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask, values, 0.0).sum(1) / mask.sum(1)
 
 
-def block_influence(before: Tensor, after: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Block Influence of one layer: 1 - mean cosine of its input and output over tokens.
-
-    ShortGPT (Men et al. 2024, arXiv 2403.03853), eq. 1. From unit vectors u, v as |u - v|^2 / 2,
-    which loses no digits where the cosine is near 1.
-
-    Parameters
-    ----------
-    before, after : Tensor [B, T, d]
-    mask : Tensor [B, T], optional
-
-    Returns
-    -------
-    Tensor [B] float32
-    """
-    return token_mean((unit(after) - unit(before)).square().sum(-1) / 2, mask)
-
-
-def angle(u: Tensor, v: Tensor) -> Tensor:
-    """Angle between unit vectors [..., d], over pi: in [0, 1]. Kahan's form, exact near 0 and near pi."""
+def _angle(u: Tensor, v: Tensor) -> Tensor:
+    # Kahan's form, exact near 0 and near pi.
     return 2 / torch.pi * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
 
 
-def _square_error(before: Tensor, after: Tensor) -> Tensor:
-    return (after - before).square().mean(-1)
-
-
 def _relative(before: Tensor, after: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm
-    return norm(after - before, dim=-1) / norm(before, dim=-1)
+    return torch.linalg.vector_norm(after - before, dim=-1) / torch.linalg.vector_norm(before, dim=-1)
 
 
-# metric -> (what is made once of each hidden state, what two neighbours give for each token)
+# metric -> (what is made once of each hidden state, what two of them give for each token: [..., d] -> [...])
 _PAIRWISE = {
+    # From unit vectors 1 - cosine is |u - v|^2 / 2, which loses no digits where the cosine is near 1.
     "block_influence": (unit, lambda u, v: (v - u).square_().sum(-1).mul_(0.5)),
-    "angular_distance": (unit, angle),
-    "mse": (Tensor.float, _square_error),
+    "angular_distance": (unit, _angle),
+    "mse": (Tensor.float, lambda before, after: (after - before).square_().mean(-1)),
     "relative_l2": (Tensor.float, _relative),
 }
+
+
+def apart(before: Tensor, after: Tensor, metric: str) -> Tensor:
+    """How far `after` [B, T, d] is from `before` at each token, [B, T] fp32, by one of the pairwise metrics."""
+    make, compare = _PAIRWISE[metric]
+    return compare(make(before), make(after))
 
 
 @torch.no_grad()
@@ -225,9 +209,7 @@ def one_pass_steps(student: LayerStack, rows: Rows | None, config: MeasureConfig
         group = rows_at_once(student, total, group, one, config.max_branch_bytes)
     run = SmallerOnOOM(lambda picked: _values(student, rows, config, places, picked), group)
     collected = Collector(config, rows.source, student.layer_ids, total)
-    collected.details |= {"batch_size": config.batch_size, "ranks": world()[1], "notes": run.notes}
-    if places is not None:
-        collected.details |= {"positions": config.positions, "seed": config.seed}
+    collected.details |= {"ranks": world()[1], "notes": run.notes}
     for picked, values in rounds(total, group, run):
         collected.add(picked, student.layer_ids, values[:, :-1], values[:, -1])
         if collected.count < total:

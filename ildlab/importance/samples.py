@@ -88,7 +88,7 @@ class Collector:
         self.config, self.source, self.layer_ids = config, source, list(layer_ids)
         self.values = np.full((total, len(self.layer_ids)), np.nan)  # [N, L]
         self.weights = np.zeros(total)
-        self.details: dict[str, Any] = {}
+        self.details: dict[str, Any] = config.told()
         self.batches = self.count = 0
         self.started = time.perf_counter()
 

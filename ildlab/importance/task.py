@@ -86,12 +86,10 @@ def _sweep_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokeniz
             note = f"part {number} of {len(parts)}, {len(race.alive)} layers" if config.race else suite.name
             yield Progress(int(seen.sum() + done / total * len(part)), plan.examples, note, scores)
         seen[part] = True
-        details = {
+        details = config.told() | {
             "way": "sweep",
             "suite": suite.name,
             "suite_fingerprint": suite.fingerprint,
-            "race": config.race,
-            "seed": config.seed,
             "whole": float(np.average(job.whole[seen], weights=job.weights[seen])),
             "layer_passes": job.passes / max(job.tokens, 1),
             "dropped": race.dropped,
@@ -233,11 +231,11 @@ def _separate_steps(student: LayerStack, suite: Any, config: MeasureConfig, toke
             weights,
             seconds=time.perf_counter() - started,
             confidence=config.confidence,
-            details={
+            details=config.told()
+            | {
                 "way": "separate evaluations",
                 "suite": suite.name,
                 "suite_fingerprint": suite.fingerprint,
-                "race": False,
                 "whole": whole.aggregate,
                 "notes": whole.notes,
             },
