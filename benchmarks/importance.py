@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from ildlab.files import cache_dir
-from ildlab.importance.samples import Positions, Rows
-from ildlab.importance.scores import measure
+from ildlab.importance.dispatch import measure
+from ildlab.importance.samples import Positions
 from ildlab.model.head import branch_nll
 from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
 from ildlab.text.blocks import load_text
+from ildlab.text.rows import Rows
 
 OPTIPFAIR = "optipfair==0.4.2"
 
@@ -75,7 +76,7 @@ def optipfair():
 def separate(stack: LayerStack, rows: Rows, positions: int | None) -> None:
     """The plain way: the whole student, then L runs with one layer skipped; the same scored positions."""
     places = Positions.sample(rows, positions, 0, predict=True)
-    places = places.of(range(len(rows.tokens)), stack.device)
+    places = places.batch(range(len(rows.tokens)), stack.device)
     batch = rows.tokens.long()
 
     def score():

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from ildlab.importance import ablation
-from ildlab.importance.ablation import branches, sweep
-from ildlab.importance.scores import measure
+from ildlab.importance.dispatch import measure
+from ildlab.importance.sweep import branches
 from ildlab.model.head import branch_kl, branch_nll
 from ildlab.model.stack import LayerStack
 
@@ -132,22 +132,6 @@ def test_real_model_scores_are_those_of_separate_runs(teacher, blocks, dtype):
                 with stack.without(layer_id):
                     without = nll(model(batch, use_cache=False).logits.double().log_softmax(-1), batch).mean()
                 assert scores.table.score[layer_id] == pytest.approx(float(without - whole), abs=1e-5)
-
-
-def test_sweep_takes_any_batch_and_score(pair, tokens):
-    _, student = pair
-    at = torch.tensor([[3, 5]]).expand(len(tokens), 2)
-
-    def score(hidden, position):
-        logits = student.logits(hidden, at)
-        assert student.layer_ids[position] in (1, 5)
-        return logits.log_softmax(-1)[..., 7].sum(1)
-
-    got = sweep(student, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, score, [5, 1])
-    for row, layer_id in zip(got, (5, 1), strict=True):
-        with student.without(layer_id), torch.no_grad():
-            want = student.model(tokens).logits.log_softmax(-1)[:, [3, 5], 7].sum(1)
-        torch.testing.assert_close(row, want, rtol=1e-5, atol=1e-5)
 
 
 def test_layer_passes_and_heads(pair, tokens):
@@ -314,7 +298,7 @@ def test_ranking_under_a_memory_cap(teacher, tmp_path):
         import json, sys, torch
         torch.set_num_threads(1)
         from transformers import AutoModelForCausalLM
-        from ildlab.importance.scores import measure
+        from ildlab.importance.dispatch import measure
         from ildlab.model.stack import LayerStack
         folder = sys.argv[1]
         place = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}

@@ -5,11 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from ildlab.errors import MeasureError
-from ildlab.importance.agreement import compare_metrics, rank_agreement
+from ildlab.importance.agreement import rank_agreement
+from ildlab.importance.dispatch import measure
 from ildlab.importance.hidden_states import block_distances, drift, logit_lens, redundancy, token_drift
-from ildlab.importance.scores import measure
 from ildlab.model.stack import LayerStack
 
 
@@ -153,18 +154,24 @@ def test_bad_input(pair, tokens, tiny):
         redundancy(broken, tokens)
 
 
-def test_compare_metrics(pair, tokens):
+def test_rank_agreement(pair, tokens):
     teacher, student = pair
-    found = compare_metrics(student, tokens, ("block_influence", "magnitude", "kl"), teacher, k=2, positions=5)
+    scores = {
+        m: measure(student, tokens, m, teacher if m == "kl" else None) for m in ("block_influence", "magnitude", "kl")
+    }
+    found = rank_agreement(scores, k=2)
     assert len(found.table) == 3 and list(found.costs.index) == ["block_influence", "magnitude", "kl"]
-    square = found.matrix("kendall")
-    assert square.loc["kl", "magnitude"] == square.loc["magnitude", "kl"]
-    same = rank_agreement({"a": found.scores["kl"], "b": found.scores["kl"]}, k=2)
+    row = found.table.set_index(["a", "b"]).loc[("magnitude", "kl")]
+    pair = [scores[m].table.score for m in ("magnitude", "kl")]
+    assert row.spearman == pytest.approx(stats.spearmanr(*pair).statistic)
+    assert row.kendall == pytest.approx(stats.kendalltau(*pair).statistic)
+    assert row.top == len(set(scores["magnitude"].ranking[:2]) & set(scores["kl"].ranking[:2])) / 2
+    same = rank_agreement({"a": scores["kl"], "b": scores["kl"]}, k=2)
     assert same.table.iloc[0][["spearman", "kendall", "top"]].tolist() == pytest.approx([1, 1, 1])
     assert "What each cost" in found._repr_html_()
     with pytest.raises(MeasureError, match="at least two"):
-        rank_agreement({"a": found.scores["kl"]})
+        rank_agreement({"a": scores["kl"]})
     with pytest.raises(MeasureError, match="k=9"):
-        rank_agreement(found.scores, 9)
+        rank_agreement(scores, 9)
     with pytest.raises(MeasureError, match="different students"):
-        rank_agreement({"a": found.scores["kl"], "b": measure(teacher, tokens)})
+        rank_agreement({"a": scores["kl"], "b": measure(teacher, tokens)})

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ildlab.importance.samples import Positions, Rows
-from ildlab.importance.scores import measure
+from ildlab.importance.dispatch import measure
+from ildlab.importance.samples import Positions
 from ildlab.model.stack import LayerStack
+from ildlab.text.rows import Rows
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,19 @@ def test_taylor_is_the_derivative(small, tokens, positions):
     got = measure(small, tokens, "taylor", positions=positions, seed=3, batch_size=2)
     np.testing.assert_allclose(got.per_sequence, want, rtol=1e-4, atol=1e-5)
     assert not any(p.requires_grad for p in small.model.parameters())
+
+
+def test_taylor_leaves_an_unfrozen_model_as_it_was(tiny, tokens):
+    stack = LayerStack(tiny(3).requires_grad_(True))
+    stack.layers[1].requires_grad_(False)
+    stack.layers[2].mlp.up_proj.weight.grad = mine = torch.ones_like(stack.layers[2].mlp.up_proj.weight)
+    before = {name: p.requires_grad for name, p in stack.model.named_parameters()}
+    frozen = measure(LayerStack(tiny(3)), tokens, "taylor")
+    np.testing.assert_allclose(measure(stack, tokens, "taylor").per_sequence, frozen.per_sequence, rtol=1e-6)
+    assert before == {name: p.requires_grad for name, p in stack.model.named_parameters()}
+    grads = {name: p.grad for name, p in stack.model.named_parameters() if p.grad is not None}
+    assert list(grads) == ["model.layers.2.mlp.up_proj.weight"] and grads.popitem()[1] is mine
+    assert bool((mine == 1).all())
 
 
 def test_magnitude(small):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ildlab.errors import MeasureError, TextError
 from ildlab.importance import batches as parallel
-from ildlab.importance.samples import Positions, Rows
-from ildlab.importance.scores import LayerScores, measure, measure_steps
+from ildlab.importance.dispatch import measure, measure_steps
+from ildlab.importance.samples import Positions
+from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
 from ildlab.stats import resamples
+from ildlab.text.rows import Rows
 
 
 def made(values, weights=None, **kwargs):
@@ -107,6 +110,13 @@ def test_dropped_layers_are_ranked_last_and_never_least():
     assert scores.ranking == [10, 12, 11]
     assert scores.table.n.tolist() == [4, 1, 4]
     assert scores.separation() < 1  # the one sequence of layer 11 speaks against it
+    assert "dropped early" in scores._repr_html_()
+
+
+def test_a_layer_that_a_race_dropped_is_never_tied():
+    x = np.array([[1.0, 1.5, 3.0], [1.1, 2.1, 3.0], [0.9, np.nan, 3.1], [1.0, np.nan, 2.9]])
+    scores = made(x, details={"dropped": {"11": 2}})
+    assert scores.tied == [10]  # two sequences alone could not part layer 11 from it
 
 
 def test_json_round_trip():
@@ -123,7 +133,9 @@ def test_display_marks_the_least(small, tokens):
     scores = measure(small, tokens)
     page = scores._repr_html_()
     assert page.count("least important</td>") == 1
-    assert all(f"<th>{i}</th>" in page for i in range(5))
+    assert [int(i) for i in re.findall(r"<th [^>]*row_heading[^>]*>(\d+)</th>", page)] == scores.ranking
+    assert all(f"[{row.ci_low:.4g}, {row.ci_high:.4g}]" in page for row in scores.table.itertuples())
+    assert scores._repr_html_() == page  # no random names in a stored notebook
     assert "split-half" in page
 
 
@@ -137,12 +149,15 @@ def test_display_marks_the_least(small, tokens):
         ({"metric": "kl"}, "give teacher="),
         ({"metric": "nll", "positions": 0}, "positions=0"),
         ({"metric": "nll", "batch_size": 0}, "batch_size=0"),
-        ({"metric": "mse", "race": True}, "one pass"),
-        ({"metric": "mse", "positions": 3}, "no head"),
+        ({"metric": "mse", "race": True}, "no option 'race'"),
+        ({"metric": "mse", "positions": 3}, "no option 'positions'"),
         ({"metric": "nll", "colour": 3}, "no option 'colour'"),
         ({"metric": "nll", "confidence": 1.0}, "confidence"),
         ({"metric": "nll", "tie": -1.0}, "tie"),
-        ({"metric": "angular_distance", "tokens": "some"}, "'all' or 'last'"),
+        ({"metric": "angular_distance", "tokens": "some"}, "one of 'all', 'last'"),
+        ({"metric": "lrp", "tokens": "last"}, "no option 'tokens'"),
+        ({"metric": "nll", "positions": "many"}, "positions='many'"),
+        ({"metric": "nll", "seed": -1}, "seed=-1"),
     ],
 )
 def test_bad_arguments(small, tokens, arguments, says):
@@ -292,7 +307,7 @@ def test_two_processes_rank_as_one(tmp_path, tiny, tokens):
         import json, os, sys, torch
         torch.set_num_threads(1)
         from transformers import LlamaForCausalLM
-        from ildlab.importance.scores import measure
+        from ildlab.importance.dispatch import measure
         from ildlab.model.stack import LayerStack
         folder, ways = sys.argv[1], json.loads(sys.argv[2])
         stack = LayerStack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))

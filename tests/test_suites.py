@@ -220,7 +220,7 @@ def test_race_keeps_the_least_important_layer(tiny, teacher):
     assert raced.details["dropped"]
 
 
-def test_task_ablation_refuses_what_it_cannot_score(stack):
+def test_task_ablation_needs_suite_and_tokenizer(stack):
     with pytest.raises(MeasureError, match="needs the tokenizer"):
         measure(stack, None, "task", suite="mini7")
     with pytest.raises(MeasureError, match="needs a suite"):

@@ -11,18 +11,19 @@ Layers are removed by the full sweep, without distillation.
 from __future__ import annotations
 
 import argparse
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from ildlab.files import cache_dir
-from ildlab.importance.ablation import _race, branches
-from ildlab.importance.samples import Positions, Rows, Samples
+from ildlab.importance.race import Race
+from ildlab.importance.samples import Positions
+from ildlab.importance.sweep import branches
 from ildlab.model.head import branch_nll
 from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
 from ildlab.text.blocks import load_text
+from ildlab.text.rows import Rows
 
 HEAD = 8  # decoder layers' worth of operations, on SmolLM2
 BATCH, FIRST = 2, 2
@@ -35,7 +36,7 @@ def damages(stack: LayerStack, tokens: torch.Tensor) -> tuple[np.ndarray, np.nda
     for part in range(0, len(tokens), 4):
         rows = Rows.of(tokens[part : part + 4])
         every = np.arange(len(rows.tokens))
-        places = Positions.sample(rows, None, 0, predict=True).of(every, stack.device)
+        places = Positions.sample(rows, None, 0, predict=True).batch(every, stack.device)
         states = list(stack.walk(rows.batch(every)))
         prior.append(
             np.stack(
@@ -63,26 +64,23 @@ def replay(rise: np.ndarray, prior: np.ndarray, seed: int, sequences: int, posit
     chosen = np.argsort(rng.random((sequences, length)), 1)[:, :positions]
     values = np.take_along_axis(text, chosen[:, None], 2).mean(2)
     first_prior = prior[drawn].mean(1)
-    job = SimpleNamespace(alive=list(range(layers)))
-    samples = Samples("nll", "", range(layers), sequences, 0.95)
+    race = Race(list(range(layers)), 0.95, tie)
     cost = at = 0
-    stopped, dropped = "the text ran out", {}
-    while at < sequences:
+    while at < sequences and not race.over:
         rows = np.arange(at, min(at + (BATCH if at else FIRST), sequences))
-        alive = job.alive
+        alive = race.alive
         above = sum(layers - 1 - i for i in alive)
         cost += len(rows) * (layers + above + (len(alive) + 1) * HEAD * positions / length)
-        samples.add(rows, alive, values[rows][:, alive], np.ones(len(rows)))
-        ended = _race(job, samples, None if at else first_prior[rows].mean(0), 0.95, tie, dropped)
         at += len(rows)
-        if ended:
-            stopped = "tie" if "more than" in ended else "one left"
-            break
-    seen = samples.weights > 0
-    pick = job.alive[int(np.nanmean(samples.values[seen][:, job.alive], 0).argmin())]
+        race.look(values[:at, alive], np.ones(at), prior=first_prior[rows].mean(0) if at == len(rows) else None)
+    pick = race.alive[int(values[:at, race.alive].mean(0).argmin())]
     full = text.mean((0, 2))
     separate = sequences * (layers * (layers - 1) + layers * HEAD)
-    return {"off": full[pick] - full.min(), "cost": cost / separate, "used": at, "stopped": stopped}
+    return {
+        "off": full[pick] - full.min(),
+        "cost": cost / separate,
+        "stopped": race.stopped.rpartition(" are left, ")[2],
+    }
 
 
 def main() -> None:

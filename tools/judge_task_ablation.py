@@ -18,25 +18,33 @@ import numpy as np
 import pandas as pd
 
 from ildlab import load_model, measure
+from ildlab.evaluate.loglikelihood import window
 from ildlab.evaluate.suites import load_suite, score_suite
-from ildlab.importance import task as task_ablation
+from ildlab.importance.race import Race
+from ildlab.importance.task import TaskSweep, parts_of
 from ildlab.model.stack import LayerStack
 
 
-def replay(job, seed: int, confidence: float = 0.95, tie: float = 0.005) -> tuple[int, float]:
+def replay(job: TaskSweep, seed: int, confidence: float = 0.95, tie: float = 0.005) -> tuple[int, float]:
     """Race on known values; returns the layer chosen and the share of the work done."""
-    seen, alive, work = np.zeros(job.plan.examples, bool), list(job.layer_ids), 0
-    for part in task_ablation._parts(job.plan, np.random.default_rng(seed)):
+    race, seen, work = Race(list(job.layer_ids), confidence, tie), np.zeros(job.plan.examples, bool), 0
+    for part in parts_of(job.plan, np.random.default_rng(seed)):
         seen[part] = True
-        work += len(part) * len(alive)
-        gone = task_ablation.leavers(job, seen, alive, confidence)
-        alive = [i for i in alive if i not in gone]
-        if len(alive) == 1 or task_ablation._tied(job, seen, alive, confidence, tie):
+        work += len(part) * len(race.alive)
+        job.look(race, seen)
+        if race.over:
             break
-    columns = [job.layer_ids.index(i) for i in alive]
-    weights = job.weights[seen]
-    means = weights @ job.without[np.ix_(seen, columns)]
-    return alive[int(means.argmax())], work / job.without.size
+    columns = [job.layer_ids.index(i) for i in race.alive]
+    means = job.weights[seen] @ job.without[np.ix_(seen, columns)]
+    return race.alive[int(means.argmax())], work / job.without.size
+
+
+def full_ablation(student: LayerStack, tokenizer, suite) -> tuple[TaskSweep, pd.Series]:
+    """Values of every example without each layer, and each layer's score."""
+    job = TaskSweep(student, suite.plan(tokenizer, window(student, tokenizer)), 2 * 2**30)
+    for done, total in job.run(np.arange(job.plan.examples), job.layer_ids):
+        print(f"batch {done} of {total}", end="\r", flush=True)
+    return job, pd.Series(job.weights @ (job.whole[:, None] - job.without), index=job.layer_ids)
 
 
 def clock(work, *args, **options):
@@ -69,26 +77,16 @@ def main() -> None:
     student = LayerStack(loaded.model)
     for layer_id in args.remove:
         student.remove(layer_id)
-    jobs = []
-    sweep = task_ablation._Sweep
-
-    class Kept(sweep):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            jobs.append(self)
-
-    task_ablation._Sweep = Kept
     ask = {"suite": load_suite(args.suite), "tokenizer": loaded.tokenizer, "show": False}
     alone: dict[int, tuple[float, float]] = {}
     chosen = student.layer_ids[:: args.separate] if args.separate else []
     separate(student, loaded.tokenizer, ask["suite"], chosen[::2], alone)
-    scores = measure(student, None, "task", **ask)
-    print(f"full ablation: {scores.seconds:.0f} s; least important {scores.ranking[:6]}")
-    print(scores.table["score"].round(4).to_dict(), flush=True)
-    task_ablation._Sweep = sweep
-    found = [replay(jobs[0], seed) for seed in range(args.seeds)]
-    best = scores.table["score"].min()
-    regret = np.array([scores.table["score"][layer] - best for layer, _ in found])
+    swept, (job, scores) = clock(full_ablation, student, loaded.tokenizer, ask["suite"])
+    print(f"full ablation: {swept:.0f} s; least important {list(scores.sort_values().index[:6])}")
+    print(scores.round(4).to_dict(), flush=True)
+    found = [replay(job, seed) for seed in range(args.seeds)]
+    best = scores.min()
+    regret = np.array([scores[layer] - best for layer, _ in found])
     print(f"suite {args.suite}, {args.seeds} orders: work {np.mean([w for _, w in found]):.3f} of the sweep's")
     print(
         f"aggregate lost beyond the best layer's: mean {regret.mean():.4f}, 90% {np.quantile(regret, 0.9):.4f}, "
@@ -100,12 +98,12 @@ def main() -> None:
         print(f"race: {raced:.0f} s; least important {race.least_important}; {race.details['stopped']}", flush=True)
         separate(student, loaded.tokenizer, ask["suite"], chosen[1::2], alone)
         whole = score_suite(student, loaded.tokenizer, ask["suite"], show=False).aggregate
-        apart = max(abs(scores.table["score"][i] - (whole - found)) for i, (_, found) in alone.items())
+        apart = max(abs(scores[i] - (whole - found)) for i, (_, found) in alone.items())
         every = float(np.mean([seconds for seconds, _ in alone.values()])) * len(student)
         print(
             f"{len(student)} separate evaluations: {every:.0f} s, {len(alone)} of them run; scores {apart:.1e} apart"
         )
-        print(f"sweep / separate {scores.seconds / every:.3f}, race / separate {raced / every:.3f}")
+        print(f"sweep / separate {swept / every:.3f}, race / separate {raced / every:.3f}")
 
 
 if __name__ == "__main__":

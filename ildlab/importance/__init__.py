@@ -1,7 +1,9 @@
 """How much each layer matters, and how sure that is.
 
-`measure` chooses between metrics of one pass, the sweep without each layer, and a suite's tasks; `scores` is the
-record that they return. `hidden_states` compares hidden states across layers and models.
+`measure` (dispatch) checks the options (config) and hands on to one of three: one_pass reads hidden states, ablation
+the NLL or KL without each layer, task a suite's aggregate; the last two go down the trunk-shared sweep and may race.
+Values come in row by row (samples, batches) and end in `LayerScores` (scores). Beside them, agreement compares
+rankings, and hidden_states (cka) compares hidden states across layers and models.
 """
 
 import lazy_loader
@@ -9,7 +11,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "scores": ["LayerScores", "measure", "measure_steps", "options_of"],
+        "scores": ["LayerScores"],
+        "dispatch": ["measure", "measure_steps"],
+        "config": ["MeasureConfig", "options_of"],
         "agreement": ["Comparison", "rank_agreement"],
         "hidden_states": ["block_distances", "drift", "logit_lens", "redundancy", "token_drift"],
     },

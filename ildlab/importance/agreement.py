@@ -1,18 +1,14 @@
-"""Cheap metrics and the truth on one page: how far rankings of layers agree, and what each cost."""
+"""Agreement of metrics: how far their rankings of the same layers go together, and what each cost."""
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ildlab.errors import MeasureError
-from ildlab.importance.scores import METRICS, LayerScores, measure_steps
-from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress, drive
+from ildlab.importance.scores import LayerScores
 
 
 @dataclass
@@ -21,37 +17,30 @@ class Comparison:
 
     Attributes
     ----------
-    scores : dict of metric -> LayerScores
-    table : DataFrame, one row for each pair of metrics
-        `a`, `b`, `spearman`, `kendall` (tau-b) and `top` (share of the k least important layers that
-        both name).
+    squares : dict of str to DataFrame [metric, metric]
+        "spearman" and "kendall" (tau-b) rank correlations, and "top": the share of the k least important layers that
+        both name.
     costs : DataFrame, indexed by metric
         `seconds`, `times_cheapest`, `least` (the layer to remove), `separation`, `split_half`.
     k : int
     """
 
-    scores: dict[str, LayerScores]
-    table: pd.DataFrame
+    squares: dict[str, pd.DataFrame]
     costs: pd.DataFrame
     k: int
 
-    def matrix(self, value: str = "spearman") -> pd.DataFrame:
-        """Square table [metric, metric] of `"spearman"`, `"kendall"` or `"top"`."""
-        names = list(self.scores)
-        square = pd.DataFrame(1.0, index=names, columns=names)
-        for row in self.table.itertuples():
-            square.loc[row.a, row.b] = square.loc[row.b, row.a] = getattr(row, value)
-        return square
-
-    def __repr__(self) -> str:
-        return f"Comparison({', '.join(self.scores)})\n{self.matrix().round(2)}"
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row for each pair of metrics `a`, `b`, with a column for each of the squares."""
+        pairs = itertools.combinations(self.costs.index, 2)
+        return pd.DataFrame([{"a": a, "b": b, **{n: s.loc[a, b] for n, s in self.squares.items()}} for a, b in pairs])
 
     def _repr_html_(self) -> str:
-        parts = [f"<b>Rank correlation (Spearman)</b>{self.matrix().to_html(float_format='%.2f')}"]
-        parts.append(
-            f"<b>Overlap of the {self.k} least important</b>{self.matrix('top').to_html(float_format='%.2f')}"
-        )
-        parts.append(f"<b>What each cost</b>{self.costs.to_html(float_format='%.3g')}")
+        parts = [
+            f"<b>Rank correlation (Spearman)</b>{self.squares['spearman'].to_html(float_format='%.2f')}",
+            f"<b>Overlap of the {self.k} least important</b>{self.squares['top'].to_html(float_format='%.2f')}",
+            f"<b>What each cost</b>{self.costs.to_html(float_format='%.3g')}",
+        ]
         return f"<div>{'<br>'.join(parts)}</div>"
 
 
@@ -63,8 +52,6 @@ def rank_agreement(scores: dict[str, LayerScores], k: int = 5) -> Comparison:
     MeasureError
         Fewer than two, of different layers, or k out of range.
     """
-    from scipy.stats import kendalltau, spearmanr
-
     if len(scores) < 2:
         raise MeasureError("A comparison needs at least two metrics.")
     layers = {tuple(s.layer_ids) for s in scores.values()}
@@ -72,98 +59,12 @@ def rank_agreement(scores: dict[str, LayerScores], k: int = 5) -> Comparison:
         raise MeasureError("The scores are of different students: measure all metrics on the same layers.")
     if not 1 <= k <= len(next(iter(layers))):
         raise MeasureError(f"k={k}: choose from 1 to {len(next(iter(layers)))}, the number of layers.")
-    rows = []
-    for a, b in itertools.combinations(scores, 2):
-        x, y = (scores[name].table["score"].to_numpy(float) for name in (a, b))
-        lowest = [set(scores[name].ranking[:k]) for name in (a, b)]
-        rows.append(
-            {
-                "a": a,
-                "b": b,
-                "spearman": float(spearmanr(x, y).statistic),
-                "kendall": float(kendalltau(x, y).statistic),
-                "top": len(lowest[0] & lowest[1]) / k,
-            }
-        )
-    costs = pd.DataFrame(
-        {
-            name: {
-                "seconds": s.seconds,
-                "least": s.least_important,
-                "separation": s.separation(),
-                "split_half": s.split_half(),
-            }
-            for name, s in scores.items()
-        }
-    ).T
+    table = pd.DataFrame({name: s.table["score"] for name, s in scores.items()})
+    lowest = {name: set(s.ranking[:k]) for name, s in scores.items()}
+    top = pd.DataFrame({a: {b: len(lowest[a] & lowest[b]) / k for b in lowest} for a in lowest})
+    of = {"seconds": lambda s: s.seconds, "least": lambda s: s.least_important}
+    of |= {"separation": LayerScores.separation, "split_half": LayerScores.split_half}
+    costs = pd.DataFrame({column: {name: read(s) for name, s in scores.items()} for column, read in of.items()})
     costs.insert(1, "times_cheapest", costs["seconds"] / max(costs["seconds"].min(), 1e-9))
-    costs["least"] = costs["least"].astype(int)
-    return Comparison(dict(scores), pd.DataFrame(rows), costs, k)
-
-
-def compare_metrics_steps(
-    student: LayerStack,
-    blocks,
-    metrics: Sequence[str] = ("block_influence", "angular_distance", "relative_l2", "taylor", "nll"),
-    teacher: LayerStack | None = None,
-    *,
-    k: int = 5,
-    **options,
-) -> Generator[Progress, None, Comparison]:
-    """Generator behind `compare_metrics`."""
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise MeasureError(f"There is no metric {unknown[0]!r}. Choose from: {', '.join(METRICS)}.")
-    # What can be wrong is found out before the first metric is paid for.
-    if len(set(metrics)) < 2:
-        raise MeasureError("A comparison needs at least two metrics.")
-    if not 1 <= k <= len(student):
-        raise MeasureError(f"k={k}: choose from 1 to {len(student)}, the number of layers.")
-    if "kl" in metrics and teacher is None:
-        raise MeasureError("The metric 'kl' compares with the teacher: give teacher=.")
-    found: dict[str, LayerScores] = {}
-    for number, name in enumerate(dict.fromkeys(metrics)):
-        mine = dict(options)
-        if name not in ("nll", "kl", "taylor"):
-            mine.pop("positions", None)  # the others pay no head
-        started = time.perf_counter()
-        work = measure_steps(student, blocks, name, teacher, **mine)
-        while True:
-            try:
-                step = next(work)
-            except StopIteration as stop:
-                found[name] = stop.value
-                break
-            yield Progress(number, len(metrics), f"{name}: {step.done} of {step.total}", step.partial)
-        found[name].seconds = time.perf_counter() - started
-    yield Progress(len(metrics), len(metrics))
-    return rank_agreement(found, k)
-
-
-def compare_metrics(
-    student: LayerStack,
-    blocks,
-    metrics: Sequence[str] = ("block_influence", "angular_distance", "relative_l2", "taylor", "nll"),
-    teacher: LayerStack | None = None,
-    *,
-    k: int = 5,
-    show: bool | None = None,
-    **options,
-) -> Comparison:
-    """Measure several metrics on the same tokens and compare their rankings and costs.
-
-    Parameters
-    ----------
-    student, blocks, teacher
-        As for `ildlab.measure`.
-    metrics : sequence of str
-    k : int
-        How many of the least important layers the overlap looks at.
-    **options
-        Handed to `measure` (positions, batch_size, seed).
-
-    Returns
-    -------
-    Comparison
-    """
-    return drive(compare_metrics_steps(student, blocks, metrics, teacher, k=k, **options), desc="compare", show=show)
+    squares = {"spearman": table.corr("spearman"), "kendall": table.corr("kendall"), "top": top}
+    return Comparison(squares, costs, k)

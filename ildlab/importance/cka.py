@@ -1,4 +1,7 @@
-"""Linear CKA (Kornblith et al. 2019) of hidden states, streaming, from unbiased HSIC over minibatches."""
+"""Linear CKA of hidden states (Kornblith et al. 2019, arXiv 1905.00414), streaming.
+
+From the unbiased HSIC of Song et al. 2012, summed over minibatches of tokens (Nguyen et al. 2021, arXiv 2010.15327).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ TOKENS = 256  # in one Gram matrix
 
 
 class Cka:
-    """Linear CKA of sets of states, from unbiased HSIC summed over minibatches of tokens."""
+    """Sums of HSIC so far, of k states with m others."""
 
     def __init__(self):
         self.cross = self.mine = self.theirs = 0.0
@@ -32,7 +35,7 @@ class Cka:
     @staticmethod
     def _gram(states: Tensor) -> Tensor:
         states = in_fp64(states)
-        gram = states @ states.mT
+        gram = states @ states.mT  # [k, tokens, d] -> [k, tokens, tokens]
         gram.diagonal(dim1=-2, dim2=-1).zero_()
         return gram
 
@@ -41,7 +44,7 @@ class Cka:
         """Unbiased HSIC [k, m] of Gram matrices without diagonals (Song et al. 2012, eq. 5)."""
         n = a.shape[-1]
         row_a, row_b = a.sum(-1), b.sum(-1)
-        trace = a.flatten(1) @ b.flatten(1).T
+        trace = a.flatten(1) @ b.flatten(1).T  # [k, n * n] @ [n * n, m] -> [k, m]
         both = row_a.sum(-1)[:, None] * row_b.sum(-1) / ((n - 1) * (n - 2))
         return (trace + both - 2 / (n - 2) * row_a @ row_b.T) / (n * (n - 3))
 

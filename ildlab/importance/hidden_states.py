@@ -10,7 +10,8 @@ activations, Sun et al. 2024, arXiv 2402.17762). It is shown by default; `skip_f
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,21 +20,22 @@ from torch import Tensor
 
 from ildlab.errors import MeasureError
 from ildlab.importance.cka import Cka
-from ildlab.importance.one_pass import unit
-from ildlab.importance.samples import Rows
-from ildlab.model.capture import Trunk
+from ildlab.importance.one_pass import apart, token_mean
+from ildlab.importance.sweep import climb
 from ildlab.model.head import in_fp64, log_probabilities
-from ildlab.model.offload import resident
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress, drive
+from ildlab.progress import Progress, Work, drive
 from ildlab.stats import interval, mean, means, resamples
+from ildlab.text.rows import Rows
 
 OUT = "out"
+AS = {"cosine": "block_influence", "relative_l2": "relative_l2"}  # kind of drift -> the same between two layers
+TOKENS = 256  # whose [L+1, L+1] cosines are made at one time
 
 
 def redundancy(
     model: LayerStack,
-    blocks,
+    blocks: Any,
     kind: str = "cosine",
     *,
     skip_first: bool = False,
@@ -44,12 +46,10 @@ def redundancy(
 
     Parameters
     ----------
-    model : LayerStack
     blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
     kind : {"cosine", "angular", "cka"}
         Mean over tokens of the cosine of h[i] and h[j]; or of the angle between them over pi
-        (a distance); or linear CKA (Kornblith et al. 2019, arXiv 1905.00414) with the unbiased HSIC of
-        Song et al. 2012, summed over minibatches of tokens (Nguyen et al. 2021, arXiv 2010.15327).
+        (a distance); or linear CKA (`ildlab.importance.cka`).
     skip_first : bool
         Leave out the first valid token of each sequence.
 
@@ -67,14 +67,12 @@ def redundancy(
     return drive(work, desc=f"redundancy ({kind})", show=show)
 
 
-def block_distances(
-    model: LayerStack, blocks, *, skip_first: bool = False, batch_size: int = 4, show: bool | None = None
-) -> pd.DataFrame:
+def block_distances(model: LayerStack, blocks: Any, **options: Any) -> pd.DataFrame:
     """Angular distance across every block of n consecutive layers: a triangle [n, start].
 
     Gromov et al. 2024 (arXiv 2403.17887), eq. 7-8, as a mean over tokens: the distance between the
     input of layer `start` and the output of the n-th layer from it. The least of a row is the block
-    of n layers to drop.
+    of n layers to drop. Options are those of `redundancy`.
 
     Returns
     -------
@@ -82,20 +80,18 @@ def block_distances(
         Indexed by n = 1..L, columns by the layer id of the block's first layer; NaN where the stack
         ends first.
     """
-    matrix = redundancy(model, blocks, "angular", skip_first=skip_first, batch_size=batch_size, show=show).to_numpy()
-    depth = len(model)
+    matrix, depth = redundancy(model, blocks, "angular", **options).to_numpy(), len(model)
     triangle = np.full((depth, depth), np.nan)
     for n in range(1, depth + 1):
         triangle[n - 1, : depth - n + 1] = np.diagonal(matrix, n)
-    return pd.DataFrame(
-        triangle, index=pd.RangeIndex(1, depth + 1, name="n"), columns=pd.Index(model.layer_ids, name="start")
-    )
+    starts = pd.Index(model.layer_ids, name="start")
+    return pd.DataFrame(triangle, pd.RangeIndex(1, depth + 1, name="n"), starts)
 
 
 def drift(
     student: LayerStack,
     teacher: LayerStack,
-    blocks,
+    blocks: Any,
     kind: str = "cosine",
     *,
     skip_first: bool = False,
@@ -126,7 +122,9 @@ def drift(
 
 
 @torch.no_grad()
-def token_drift(student: LayerStack, teacher: LayerStack, text, tokenizer=None, kind: str = "cosine") -> pd.DataFrame:
+def token_drift(
+    student: LayerStack, teacher: LayerStack, text: Any, tokenizer: Any = None, kind: str = "cosine"
+) -> pd.DataFrame:
     """Drift of every token of one text, by layer.
 
     Parameters
@@ -142,7 +140,7 @@ def token_drift(student: LayerStack, teacher: LayerStack, text, tokenizer=None, 
     _check(kind, ("cosine", "relative_l2"))
     _check_pair(student, teacher)
     ids, words = _encode(text, tokenizer)
-    rows = [_apart(mine, theirs, kind)[0] for _, mine, theirs in _pairs(student, teacher, ids, ids)]
+    rows = [apart(theirs, mine, AS[kind])[0] for mine, theirs in _pairs(student, teacher, ids)]  # [1, T] -> [T]
     table = pd.DataFrame(torch.stack(rows).cpu().numpy(), index=_labels(student))
     table.columns.name = "position"
     table.attrs["tokens"] = words
@@ -150,7 +148,9 @@ def token_drift(student: LayerStack, teacher: LayerStack, text, tokenizer=None, 
 
 
 @torch.no_grad()
-def logit_lens(model: LayerStack, text, tokenizer, *, teacher: LayerStack | None = None, top: int = 5) -> pd.DataFrame:
+def logit_lens(
+    model: LayerStack, text: Any, tokenizer: Any, *, teacher: LayerStack | None = None, top: int = 5
+) -> pd.DataFrame:
     """What each hidden state would predict if the model ended there: the logit lens.
 
     nostalgebraist 2020, "interpreting GPT: the logit lens". Each h[l] goes through the model's own
@@ -158,10 +158,7 @@ def logit_lens(model: LayerStack, text, tokenizer, *, teacher: LayerStack | None
 
     Parameters
     ----------
-    model : LayerStack
     text : str or int Tensor [T]
-    tokenizer
-        Of the model.
     teacher : LayerStack, optional
         Adds its rows, marked in the column `model`.
     top : int
@@ -175,29 +172,24 @@ def logit_lens(model: LayerStack, text, tokenizer, *, teacher: LayerStack | None
         token that follows; NaN at the last position).
     """
     ids, words = _encode(text, tokenizer)
-    records = []
-    for who, stack in (("student", model), ("teacher", teacher)):
-        if stack is None:
-            continue
-        for layer, hidden in zip(_labels(stack), _walk(stack, stack.trunk(ids)), strict=True):
-            log_p = log_probabilities(stack.logits(hidden[0]))
-            best = log_p.topk(top, -1)
-            entropy = (-(log_p.exp() * log_p).sum(-1)).tolist()
-            following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp().tolist() + [np.nan]
-            for t, word in enumerate(words):
-                records.append(
-                    {
-                        "model": who,
-                        "layer": layer,
-                        "position": t,
-                        "token": word,
-                        "top": [tokenizer.decode([i]) for i in best.indices[t].tolist()],
-                        "probability": best.values[t].exp().tolist(),
-                        "entropy": entropy[t],
-                        "target_probability": following[t],
-                    }
-                )
-    return pd.DataFrame.from_records(records)
+    tables = []
+    for who, stack in {"student": model, "teacher": teacher}.items():
+        for layer, hidden in zip(_labels(stack), _walk(stack, ids), strict=True) if stack is not None else ():
+            log_p = log_probabilities(stack.logits(hidden[0]))  # [1, T, d] -> [T, V]
+            best = log_p.topk(top, -1)  # [T, top]
+            following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp()  # [T - 1]
+            columns = {
+                "model": who,
+                "layer": layer,
+                "position": range(len(words)),
+                "token": words,
+                "top": [[tokenizer.decode([i]) for i in row] for row in best.indices.tolist()],
+                "probability": best.values.exp().tolist(),
+                "entropy": (-(log_p.exp() * log_p).sum(-1)).tolist(),
+                "target_probability": [*following.tolist(), np.nan],
+            }
+            tables.append(pd.DataFrame(columns).astype({"layer": object}))
+    return pd.concat(tables, ignore_index=True)
 
 
 # ------------------------------------------------------------------ streaming
@@ -221,75 +213,61 @@ def _labels(stack: LayerStack) -> pd.Index:
     return pd.Index([*stack.layer_ids, OUT], name="layer_id", dtype=object)
 
 
-def _encode(text, tokenizer) -> tuple[Tensor, list[str]]:
-    if isinstance(text, str):
-        if tokenizer is None:
-            raise MeasureError("A text needs its tokenizer: give tokenizer=, or token ids [T].")
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+def _encode(text: Any, tokenizer: Any) -> tuple[Tensor, list[str]]:
+    """Token ids [1, T] of a text, and what each of them says."""
+    if not isinstance(text, str):
+        ids = torch.as_tensor(text).reshape(1, -1).long()  # [T] -> [1, T]
+    elif tokenizer is None:
+        raise MeasureError("A text needs its tokenizer: give tokenizer=, or token ids [T].")
     else:
-        ids = torch.as_tensor(text).reshape(1, -1).long()
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if not ids.shape[1]:
         raise MeasureError("The text is empty: give at least one token.")
-    words = (
-        [str(i) for i in ids[0].tolist()] if tokenizer is None else [tokenizer.decode([i]) for i in ids[0].tolist()]
-    )
-    return ids, words
+    return ids, [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids[0].tolist()]
 
 
-def _walk(stack: LayerStack, trunk: Trunk) -> Iterator[Tensor]:
-    """`LayerStack.walk`, loading offloaded layers once."""
-    hidden = trunk.h0
-    yield hidden
-    for q, layer in enumerate(stack.layers):
-        with resident(layer):
-            hidden = stack.run(q, hidden, trunk)
+@torch.no_grad()
+def _walk(stack: LayerStack, batch: Any) -> Iterator[Tensor]:
+    """h[0], h[1], ..., h[L] [B, T, d], loading offloaded layers once."""
+    trunk = stack.trunk(batch)
+    yield trunk.h0
+    for (hidden,) in climb(stack, [trunk]):
         yield hidden
 
 
-def _pairs(student: LayerStack, teacher: LayerStack, mine, theirs) -> Iterator[tuple[object, Tensor, Tensor]]:
-    """Yield (layer id or "out", student's h, teacher's h), walking both together."""
-    mine, theirs = student.trunk(mine), teacher.trunk(theirs)
-    walk = zip(_labels(teacher), _walk(teacher, theirs), strict=True)
-    for label, hidden in zip(_labels(student), _walk(student, mine), strict=True):
-        yield label, hidden, next(other for at, other in walk if at == label)
+def _pairs(student: LayerStack, teacher: LayerStack, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The student's hidden states [B, T, d] and the teacher's at the same layer id, walking both together."""
+    theirs = zip(_labels(teacher), _walk(teacher, batch), strict=True)
+    for label, mine in zip(_labels(student), _walk(student, batch), strict=True):
+        yield mine, next(hidden for at, hidden in theirs if at == label)
 
 
-def _valid(trunk_mask: Tensor | None, ids: Tensor, skip_first: bool) -> Tensor:
-    mask = torch.ones(ids.shape, dtype=torch.bool, device=ids.device) if trunk_mask is None else trunk_mask.bool()
-    if skip_first:
-        mask = mask & (mask.cumsum(1) > 1)
-    return mask
-
-
-def _apart(mine: Tensor, theirs: Tensor, kind: str) -> Tensor:
-    """Drift [B, T] of two hidden states [B, T, d]."""
-    if kind == "cosine":
-        return (unit(mine) - unit(theirs)).square().sum(-1) / 2
-    mine, theirs = mine.float(), theirs.float()
-    return torch.linalg.vector_norm(mine - theirs, dim=-1) / torch.linalg.vector_norm(theirs, dim=-1)
+def _batches(rows: Rows, batch_size: int, skip_first: bool) -> Iterator[tuple[np.ndarray, Any, Tensor]]:
+    """Batch by batch: its rows, what a stack takes, and which of its tokens count [B, T]."""
+    for start in range(0, len(rows.tokens), batch_size):
+        picked = np.arange(start, min(start + batch_size, len(rows.tokens)))
+        valid = rows.mask[picked] if rows.mask is not None else torch.ones_like(rows.tokens[picked], dtype=torch.bool)
+        yield picked, rows.batch(picked), valid & (valid.cumsum(1) > 1) if skip_first else valid
 
 
 @torch.no_grad()
 def _redundancy_steps(
     model: LayerStack, rows: Rows, kind: str, skip_first: bool, batch_size: int
-) -> Generator[Progress, None, pd.DataFrame]:
-    total, cka = len(rows.tokens), Cka()
-    above, count = 0.0, 0
-    for start in range(0, total, batch_size):
-        picked = np.arange(start, min(start + batch_size, total))
-        trunk = model.trunk(rows.batch(picked))
-        mask = _valid(trunk.attention_mask, trunk.input_ids, skip_first)
-        states = torch.stack([h[mask] for h in _walk(model, trunk)])  # [L+1, tokens, d] of this batch alone
+) -> Work[pd.DataFrame]:
+    cka, above, count = Cka(), 0.0, 0
+    for picked, batch, valid in _batches(rows, batch_size, skip_first):
+        valid = valid.to(model.device)
+        states = torch.stack([h[valid] for h in _walk(model, batch)])  # [L+1, tokens, d] of this batch alone
         if kind == "cka":
             cka.add(states, states)
         else:
-            for part in states.split(256, dim=1):
-                u = in_fp64(part)
-                u = (u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)).transpose(0, 1)
-                cosine = u @ u.mT
+            for part in states.split(TOKENS, dim=1):
+                u = in_fp64(part).transpose(0, 1)  # [tokens, L+1, d]
+                u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True)
+                cosine = u @ u.mT  # [tokens, L+1, L+1]
                 above = above + (cosine if kind == "cosine" else cosine.clamp(-1, 1).arccos() / torch.pi).sum(0)
                 count += len(u)
-        yield Progress(picked[-1] + 1, total)
+        yield Progress(picked[-1] + 1, len(rows.tokens))
     matrix = (cka.matrix() if kind == "cka" else above / max(count, 1)).cpu().double().numpy()
     if kind == "angular":
         np.fill_diagonal(matrix, 0.0)  # arccos of a rounded 1
@@ -299,38 +277,29 @@ def _redundancy_steps(
 
 @torch.no_grad()
 def _drift_steps(
-    student, teacher, rows: Rows, kind, skip_first, batch_size
-) -> Generator[Progress, None, pd.DataFrame]:
-    total = len(rows.tokens)
-    labels = _labels(student)
-    values, weights = np.full((total, len(labels)), np.nan), np.ones(total)
+    student: LayerStack, teacher: LayerStack, rows: Rows, kind: str, skip_first: bool, batch_size: int
+) -> Work[pd.DataFrame]:
+    total, labels = len(rows.tokens), _labels(student)
+    values, weights = np.full((total, len(labels)), np.nan), np.ones(total)  # [N, L+1], [N]
     cka = [Cka() for _ in labels]
-    for start in range(0, total, batch_size):
-        picked = np.arange(start, min(start + batch_size, total))
-        batch = rows.batch(picked)
-        ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-        given = None if isinstance(batch, Tensor) else batch["attention_mask"]
-        mask = _valid(given, ids, skip_first).to(student.device)
+    for picked, batch, valid in _batches(rows, batch_size, skip_first):
+        valid = valid.to(student.device)
         columns = []
-        for place, (_, mine, theirs) in enumerate(_pairs(student, teacher, batch, batch)):
+        for one, (mine, theirs) in zip(cka, _pairs(student, teacher, batch)):
             if kind == "cka":
-                cka[place].add(mine[mask][None], theirs[mask][None])
+                one.add(mine[valid][None], theirs[valid][None])  # [B, T, d] -> [1, tokens, d]
             else:
-                columns.append(torch.where(mask, _apart(mine, theirs, kind), 0.0).sum(1) / mask.sum(1))
+                columns.append(token_mean(apart(theirs, mine, AS[kind]), valid))  # [B, T, d] -> [B, T] -> [B]
         if columns:
             values[picked] = torch.stack(columns, 1).cpu().numpy()
-            weights[picked] = mask.sum(1).cpu().numpy()
+            weights[picked] = valid.sum(1).cpu().numpy()
         yield Progress(picked[-1] + 1, total)
     low = high = np.full(len(labels), np.nan)
-    if kind == "cka":
-        score = np.array([1 - float(one.matrix()) for one in cka])
-    else:
-        score = mean(values, weights)
-        if total > 1:
-            low, high = interval(score, means(resamples(total), values, weights), total)
-    table = pd.DataFrame({"drift": score, "ci_low": low, "ci_high": high, "n": total}, index=labels)
-    _finite(table[["drift"]], kind)
-    return table
+    score = np.array([1 - float(one.matrix()) for one in cka]) if kind == "cka" else mean(values, weights)
+    if kind != "cka" and total > 1:
+        low, high = interval(score, means(resamples(total), values, weights), total)
+    _finite(pd.DataFrame({"drift": score}, index=labels), kind)
+    return pd.DataFrame({"drift": score, "ci_low": low, "ci_high": high, "n": total}, index=labels)
 
 
 def _finite(table: pd.DataFrame, kind: str) -> pd.DataFrame:

@@ -1,19 +1,19 @@
-"""Sequences to score on, which of their positions count, and the values that come in batch by batch."""
+"""Which positions of each sequence count, and the values that come in batch by batch."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from ildlab.errors import MeasureError
+from ildlab.importance.config import MeasureConfig
+from ildlab.importance.scores import LayerScores
 from ildlab.text.rows import Rows
-
-if TYPE_CHECKING:
-    from ildlab.importance.scores import LayerScores
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Positions:
         False for filling: sequences may have fewer valid positions than others.
     targets : Tensor [N, P] of int64
         The token that follows each position (its own token at the last one, which then has no use).
+    weights : Tensor [B]
+        Positions scored in each sequence; of a batch alone.
     """
 
     index: torch.Tensor
@@ -61,63 +63,66 @@ class Positions:
         targets = rows.tokens.gather(1, (index + 1).clamp(max=length - 1)).long()
         return cls(index, valid, targets)
 
-    def of(self, rows: np.ndarray, device: torch.device) -> Positions:
+    def batch(self, rows: np.ndarray, device: torch.device) -> Positions:
         """Those of one batch, on the device, with targets [B * P] and weights [B] (positions scored)."""
         pick = torch.as_tensor(rows)
-        parts = (self.index[pick], self.valid[pick], self.targets[pick].flatten())
+        parts = (self.index[pick], self.valid[pick], self.targets[pick].flatten())  # targets [B, P] -> [B * P]
         index, valid, targets = (part.to(device, non_blocking=True) for part in parts)
         return Positions(index, valid, targets, valid.sum(1).float())
 
     def take(self, hidden: torch.Tensor) -> torch.Tensor:
         """Pick the scored positions of [B, T, d]: [B * P, d]."""
-        index = self.index.to(hidden.device)
-        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+        index = self.index.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, P] -> [B, P, d]
+        return hidden.gather(1, index).flatten(0, 1)  # [B, P, d] -> [B * P, d]
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean over the scored positions of values [B * P]: [B]."""
-        values = values.view(self.valid.shape)
+        values = values.view(self.valid.shape)  # [B * P] -> [B, P]
         return torch.where(self.valid, values, 0.0).sum(1) / self.weights
 
 
-class Samples:
+class Collector:
     """Collects values per sequence while a metric runs, and turns them into LayerScores."""
 
-    def __init__(self, metric, source, layer_ids, count, confidence):
-        self.metric, self.source, self.confidence = metric, source, confidence
-        self.layer_ids = list(layer_ids)
-        self.values = np.full((count, len(self.layer_ids)), np.nan)
-        self.weights = np.zeros(count)
-        self.details: dict[str, Any] = {}
-        self.batches = 0
+    def __init__(self, config: MeasureConfig, source: str, layer_ids: Sequence[int], total: int):
+        self.config, self.source, self.layer_ids = config, source, list(layer_ids)
+        self.values = np.full((total, len(self.layer_ids)), np.nan)  # [N, L]
+        self.weights = np.zeros(total)
+        self.details: dict[str, Any] = config.told()
+        self.batches = self.count = 0
         self.started = time.perf_counter()
 
-    def add(self, rows: np.ndarray, layer_ids: list[int], values: np.ndarray, weights: np.ndarray) -> None:
+    def add(self, rows: np.ndarray, layer_ids: Sequence[int], values: np.ndarray, weights: np.ndarray) -> None:
         """Take values [rows, layers] of one batch; a NaN or an infinity is an error, never a score."""
         bad = ~np.isfinite(values)
         if bad.any():
             row, column = np.argwhere(bad)[0]
             raise MeasureError(
-                f"{self.metric} of layer {layer_ids[column]} is {values[row, column]} in batch {self.batches} "
+                f"{self.config.metric} of layer {layer_ids[column]} is {values[row, column]} in batch {self.batches} "
                 f"(sequence {rows[row]}): the model overflows there. Load it in float32 or bfloat16, or look "
                 "at the text of that sequence."
             )
-        columns = [self.layer_ids.index(i) for i in layer_ids]
-        self.values[np.ix_(rows, columns)] = values
+        self.values[np.ix_(rows, self._columns(layer_ids))] = values
         self.weights[rows] = weights
         self.batches += 1
+        self.count += len(rows)
+
+    def seen(self, layer_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Values [n, layers] and weights [n] of the rows scored so far."""
+        rows = np.flatnonzero(self.weights > 0)
+        return self.values[np.ix_(rows, self._columns(layer_ids))], self.weights[rows]
 
     def scores(self) -> LayerScores:
         """LayerScores of what has been collected."""
-        from ildlab.importance.scores import LayerScores
-
-        seen = self.weights > 0
         return LayerScores.from_samples(
-            self.metric,
+            self.config.metric,
             self.source,
             self.layer_ids,
-            self.values[seen],
-            self.weights[seen],
+            *self.seen(self.layer_ids),
             seconds=time.perf_counter() - self.started,
-            confidence=self.confidence,
+            confidence=self.config.confidence,
             details=self.details,
         )
+
+    def _columns(self, layer_ids: Sequence[int]) -> list[int]:
+        return [self.layer_ids.index(i) for i in layer_ids]

@@ -1,10 +1,9 @@
-"""Importance of every layer, with its uncertainty: `measure` and what it returns, `LayerScores`."""
+"""`LayerScores`: the record of how important every layer is, with its uncertainty."""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Generator
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -13,14 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ildlab.errors import MeasureError
-from ildlab.importance.samples import Rows
-from ildlab.progress import Progress, drive
 from ildlab.stats import expansion, interval, listed, mean, means, percentiles, ranks, resamples
-
-ONE_PASS = ("block_influence", "angular_distance", "mse", "relative_l2", "lrp", "magnitude", "taylor")
-ABLATION = ("nll", "kl")
-METRICS = (*ONE_PASS, *ABLATION, "task")
 
 
 @dataclass
@@ -145,7 +137,8 @@ class LayerScores:
         """Layers that are not surely more important than the least one; it is the first of them.
 
         Surely: the one-sided paired bootstrap bound of the difference, at `confidence` for all layers
-        together (Bonferroni), lies above 0.
+        together (Bonferroni), lies above 0. A layer that a race dropped is never tied: it was scored on too little
+        to say so again.
         """
         least = self.least_important
         alpha = (1 - self.confidence) / max(1, len(self.layer_ids) - 1)
@@ -155,7 +148,8 @@ class LayerScores:
             paired = self.per_sequence - self.per_sequence[:, [self.layer_ids.index(least)]]
             gap = mean(paired, self.weights)
             bound = gap + (bound - gap) * expansion(n, alpha)
-        close = [i for i, b in zip(self.layer_ids, bound, strict=True) if i != least and not b > 0]
+        left = set(self.finalists) - {least}
+        close = [i for i, b in zip(self.layer_ids, bound, strict=True) if i in left and not b > 0]
         return [least, *sorted(close, key=lambda i: self.table.loc[i, "score"])]
 
     def split_half(self, splits: int = 200, seed: int = 0) -> float:
@@ -198,18 +192,10 @@ class LayerScores:
         index = pd.Index(data["layer_ids"], name="layer_id")
         columns = {name: np.array(data[name], float) for name in ("score", "ci_low", "ci_high")}
         table = pd.DataFrame({**columns, "n": data["n"]}, index=index)
-        samples = np.array(data["per_sequence"], float).reshape(len(data["weights"]), len(index))
         weights = np.array(data["weights"], float)
-        return cls(
-            table,
-            data["metric"],
-            data["source"],
-            data["seconds"],
-            samples,
-            weights,
-            data["confidence"],
-            dict(data["details"]),
-        )
+        per_sequence = np.array(data["per_sequence"], float).reshape(len(weights), len(index))  # [0] -> [0, L]
+        plain = {name: data[name] for name in ("metric", "source", "seconds", "confidence")}
+        return cls(table, per_sequence=per_sequence, weights=weights, details=dict(data["details"]), **plain)
 
     def __repr__(self) -> str:
         least = self.least_important
@@ -220,228 +206,26 @@ class LayerScores:
         )
 
     def _repr_html_(self) -> str:
-        tied, least = set(self.tied[1:]), self.least_important
-        top = max(float(np.nanmax(self.table[["score", "ci_high"]].to_numpy(float))), 1e-30)
-        rows = []
-        for layer_id in self.ranking:
-            r = self.table.loc[layer_id]
-            width, low, high = (
-                100 * min(1.0, max(0.0, v / top)) if v == v else 0 for v in (r.score, r.ci_low, r.ci_high)
-            )
-            bar = (
-                '<svg width="160" height="12" role="img" aria-label="score with interval">'
-                f'<rect x="0" y="2" width="{1.5 * width:.1f}" height="8" fill="currentColor" opacity=".35"/>'
-                f'<path d="M{1.5 * low:.1f} 6H{1.5 * high:.1f}M{1.5 * low:.1f} 2V10M{1.5 * high:.1f} 2V10" '
-                'stroke="currentColor" fill="none"/></svg>'
-            )
-            mark = "least important" if layer_id == least else "tied with it" if layer_id in tied else ""
-            rows.append(
-                f"<tr><th>{layer_id}</th><td>{r.score:.4g}</td><td>[{r.ci_low:.4g}, {r.ci_high:.4g}]</td>"
-                f"<td>{int(r.n)}</td><td style='text-align:left'>{bar}</td><td style='text-align:left'>{mark}</td></tr>"
-            )
-        sure = f"layer {least} is the least important with probability {self.separation():.2f}"
+        tied, least, kept = set(self.tied), self.least_important, set(self.finalists)
+        shown = self.table.loc[self.ranking, ["score"]]
+        bounds = zip(self.table.ci_low[shown.index], self.table.ci_high[shown.index], strict=True)
+        shown["interval"] = [f"[{low:.4g}, {high:.4g}]" for low, high in bounds]
+        shown["n"] = self.table.n[shown.index]
+        shown[""] = [
+            "least important" if i == least else "tied with it" if i in tied else "" if i in kept else "dropped early"
+            for i in shown.index
+        ]
         half = self.split_half()
-        noise = "" if math.isnan(half) else f"; split-half rank correlation {half:.2f}"
         head = (
-            f"<b>{escape(self.metric)}</b> on {escape(self.source)}, {self.seconds:.1f} s: {sure}{noise}. "
+            f"<b>{escape(self.metric)}</b> on {escape(self.source)}, {self.seconds:.1f} s: layer {least} is the least "
+            f"important with probability {self.separation():.2f}"
+            f"{'' if math.isnan(half) else f'; split-half rank correlation {half:.2f}'}. "
             f"Intervals: {100 * self.confidence:g}%."
         )
-        return (
-            f"<div>{head}<table aria-label='Importance by layer'><thead><tr><th>layer</th><th>score</th>"
-            f"<th>interval</th><th>n</th><th></th><th></th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        name = f"{zlib.crc32(repr(self.to_dict()).encode()):08x}"  # the page of the same scores is the same
+        style = shown.rename_axis("layer").style.set_uuid(name).format({"score": "{:.4g}"})
+        style = style.bar(
+            ["score"], color="rgba(128, 128, 128, .4)", align="left", vmin=min(0.0, shown["score"].min())
         )
-
-
-# ----------------------------------------------------------------- measuring
-
-
-def measure_steps(
-    student,
-    blocks,
-    metric: str = "block_influence",
-    teacher=None,
-    *,
-    race: bool = False,
-    positions: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    confidence: float = 0.95,
-    **options,
-) -> Generator[Progress, None, LayerScores]:
-    """Score every layer of the student: the generator behind `measure`, which documents it.
-
-    Yields
-    ------
-    Progress
-        `partial` is the `LayerScores` so far. Close it at any time: the student is untouched.
-    """
-    check_options(metric, options)
-    if metric == "task":
-        if positions is not None:
-            raise MeasureError("positions=: 'task' scores the continuations of the suite's rows.")
-        return (yield from _task_steps(student, race=race, seed=seed, confidence=confidence, **options))
-    rows = Rows.of(blocks)
-    if metric != "magnitude" and len(rows.tokens) < 2:
-        raise MeasureError(
-            f"{len(rows.tokens)} sequence(s): an interval needs at least 2. Give more text, or shorter blocks."
-        )
-    if metric == "kl" and teacher is None:
-        raise MeasureError("The metric 'kl' compares with the teacher: give teacher=.")
-    if positions is not None and positions < 1:
-        raise MeasureError(f"positions={positions}: score at least 1 position of each sequence (None: all).")
-    if batch_size < 1:
-        raise MeasureError(f"batch_size={batch_size}: at least 1 sequence.")
-    if not 0.5 <= confidence < 1:
-        raise MeasureError(f"confidence={confidence}: a probability from 0.5 up to, and without, 1.")
-    if metric in ONE_PASS:
-        if race:
-            raise MeasureError(f"race=True: {metric!r} scores all layers in one pass; only {ABLATION} can race.")
-        if positions is not None and metric != "taylor":
-            raise MeasureError(f"positions=: {metric!r} needs no head, so that all positions are scored.")
-        from ildlab.importance.one_pass import one_pass_steps
-
-        work = one_pass_steps(
-            student,
-            rows,
-            metric,
-            positions=positions,
-            batch_size=batch_size,
-            seed=seed,
-            confidence=confidence,
-            **options,
-        )
-    else:
-        from ildlab.importance.ablation import ablation_steps
-
-        work = ablation_steps(
-            student,
-            rows,
-            metric,
-            teacher,
-            race=race,
-            positions=positions,
-            batch_size=batch_size,
-            seed=seed,
-            confidence=confidence,
-            **options,
-        )
-    return (yield from work)
-
-
-def measure(
-    student,
-    blocks,
-    metric: str = "block_influence",
-    teacher=None,
-    *,
-    race: bool = False,
-    positions: int | None = None,
-    batch_size: int = 8,
-    seed: int = 0,
-    confidence: float = 0.95,
-    show: bool | None = None,
-    **options,
-) -> LayerScores:
-    """Score how important each layer of the student is; the student is left as it was.
-
-    Parameters
-    ----------
-    student : LayerStack
-    blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
-        Tokens to score on; each row is one sequence.
-    metric : str
-        One forward pass: `"block_influence"`, `"angular_distance"`, `"mse"`, `"relative_l2"`,
-        `"lrp"`; weights alone: `"magnitude"`; forward and backward: `"taylor"`
-        (`ildlab.importance.one_pass` defines them). Exact ablation by a trunk-shared sweep
-        (`ildlab.importance.ablation`): `"nll"`, the increase of the negative log-likelihood per token when the
-        layer is skipped; `"kl"`, KL(teacher || student without the layer) per token; in nats.
-        `"task"`: the drop of a suite's aggregate (needs `suite=` and `tokenizer=`, reads no blocks).
-    teacher : LayerStack, optional
-        For `"kl"`.
-    race : bool
-        Sweep batch by batch and stop scoring layers that surely are not the least important one
-        (options `tie`, `first`: see `ildlab.importance.ablation.ablation_steps`).
-    positions : int, optional
-        Score only a seeded random sample of this many positions in each sequence, so that the LM
-        head is paid only there (unbiased; the layers still see the whole sequence). By default all.
-    batch_size : int
-        Sequences in a batch; it is halved on an out-of-memory error, and `details["notes"]` says so.
-    seed : int
-        Of the sampled positions.
-    confidence : float
-        Of the intervals, and of a race.
-    show : bool, optional
-        Draw a progress bar (see `ildlab.progress.drive`).
-
-    Returns
-    -------
-    LayerScores
-
-    Raises
-    ------
-    MeasureError
-        Unknown metric, a missing teacher, fewer than 2 sequences, positions < 1, or a score that is
-        NaN or infinite (names layer and batch).
-    """
-    work = measure_steps(
-        student,
-        blocks,
-        metric,
-        teacher,
-        race=race,
-        positions=positions,
-        batch_size=batch_size,
-        seed=seed,
-        confidence=confidence,
-        **options,
-    )
-    return drive(work, desc=f"measure {metric}", show=show)
-
-
-def _work_of(metric: str):
-    """The generator function that a metric is measured by.
-
-    Raises
-    ------
-    MeasureError
-        There is no such metric.
-    """
-    if metric not in METRICS:
-        raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
-    if metric == "task":
-        from ildlab.importance.task import task_steps as work
-    elif metric in ONE_PASS:
-        from ildlab.importance.one_pass import one_pass_steps as work
-    else:
-        from ildlab.importance.ablation import ablation_steps as work
-    return work
-
-
-def options_of(metric: str) -> set[str]:
-    """Names of the options that `measure` takes for a metric.
-
-    Raises
-    ------
-    MeasureError
-        There is no such metric.
-    """
-    known = set(inspect.signature(_work_of(metric)).parameters) - {"student", "rows", "metric", "teacher"}
-    return known - {"positions"} if metric in ONE_PASS and metric != "taylor" else known
-
-
-def check_options(metric: str, options: dict) -> None:
-    """Raise MeasureError where `measure` has no such metric, or the metric no such option."""
-    known = options_of(metric)
-    for name, value in options.items():
-        idle = value is None or value is False  # race=False, positions=None: any metric can leave these out
-        if name not in known and not (name in ("race", "positions") and idle):
-            raise MeasureError(f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(known))}.")
-
-
-def _task_steps(student, *, suite=None, **options):
-    """Hand over to the evaluation: the drop of a suite's aggregate without each layer."""
-    from ildlab.importance.task import task_steps
-
-    if suite is None:
-        raise MeasureError("The metric 'task' needs a suite: give suite= (and tokenizer=).")
-    return (yield from task_steps(student, suite=suite, **options))
+        table = style.set_table_attributes("aria-label='Importance by layer'").to_html()
+        return f"<div>{head}{table}</div>"

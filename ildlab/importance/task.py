@@ -1,263 +1,273 @@
-"""`measure(metric="task")`: how much a suite's aggregate drops without each layer, exactly.
+"""`task`: how much a suite's aggregate drops without each layer.
 
-All requests of the suite go down the trunk-shared sweep of `ildlab.importance.ablation`, in the same batches that
-`ildlab.evaluate.suites` scores a model in, so that each number is the one of a model with the layer removed. The
-head is computed at continuation positions alone.
+Two ways, and the first `Progress` says which and at what cost. A suite that is decided by log-likelihoods goes down the
+trunk-shared sweep, in the very batches that `ildlab.evaluate.suites` scores a model in, so that each number is that of
+a model with the layer removed. Any other (lm-eval's, generation included) is really evaluated without each layer in
+turn, which is the procedure of arXiv 2511.05085.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ildlab.errors import MeasureError
 from ildlab.evaluate.loglikelihood import Outcomes, batch_tokens, largest_tree, model_inputs, read_out, window
 from ildlab.evaluate.packing import make_batches
-from ildlab.evaluate.suites import load_suite
-from ildlab.importance.ablation import MAX_BRANCH_BYTES, branches
+from ildlab.evaluate.plan import Plan
+from ildlab.evaluate.results import SuiteResult
+from ildlab.evaluate.suites import load_suite, suite_steps
+from ildlab.importance.config import MeasureConfig
+from ildlab.importance.race import Race
 from ildlab.importance.scores import LayerScores
+from ildlab.importance.sweep import branches
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress
-from ildlab.stats import t_quantile
+from ildlab.progress import Progress, Work, relabel
 
-FIRST = 1 / 16  # share of the examples that a race scores without every layer
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # of each task's examples, after which a race looks
+# What a race looks at for the first time, at least: on fewer examples, right and wrong tell no two layers apart.
+LEAST_EXAMPLES, LEAST_OF_TASK = 12, 2
 
 
-@torch.no_grad()
-def task_steps(
-    student: LayerStack,
-    *,
-    suite: Any,
-    tokenizer: Any = None,
-    race: bool = False,
-    limit: int | None = None,
-    seed: int = 0,
-    confidence: float = 0.95,
-    tie: float = 0.005,
-    max_branch_bytes: int = MAX_BRANCH_BYTES,
-) -> Generator[Progress, None, LayerScores]:
-    """Score each layer by the drop of the suite's aggregate when it is skipped.
+def task_steps(student: LayerStack, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
+    """Score each layer by the drop of the suite's aggregate when it is skipped; `MeasureConfig` has the options.
 
-    Parameters
-    ----------
-    student : LayerStack
-    suite : str or Suite
-        What `ildlab.evaluate.suites.load_suite` takes; every task must be decided by log-likelihoods.
-    tokenizer
-        The student's.
-    race : bool
-        Score the suite in growing parts (1/16, 1/16, 1/8, 1/4, 1/2), each with examples of all tasks, and
-        after each part drop the layers that are surely more important than the least important one
-        (one-sided t on paired per-example differences, `confidence` for all layers together, Bonferroni),
-        and, where more than half are left, the worse half (successive halving, Jamieson and Talwalkar
-        2016). Right and wrong say little about a layer on a few examples, so halves are told by the sum
-        of two ranks: drop of the aggregate, and log-likelihood that the right answers lose.
-    limit : int, optional
-        Rows a task.
-    seed : int
-        Order of the examples in a race.
-    confidence : float
-    tie : float
-        A race also ends when all layers left surely lie within `tie` (of the aggregate) of the best.
-    max_branch_bytes : int
-        Memory for the branches' hidden states.
+    A race scores the suite in growing parts (1/16, 1/16, 1/8, 1/4, 1/2), each with examples of all tasks, and after
+    each drops what is surely more important than the least important layer and, where more than half are left,
+    the worse half: by the drop of the aggregate and the log-likelihood that the right answers lose.
 
     Returns
     -------
     LayerScores
-        One "sequence" an example: aggregate of the whole student minus that without the layer, so
-        that the weighted mean is the drop of the aggregate. `details["whole"]` is the student's own
-        aggregate, `details["truncated"]` the contexts that lost their beginning, by task, and
+        One "sequence" an example: value of the whole student minus that without the layer, so that the weighted mean
+        is the drop of the aggregate. `details["way"]` is "sweep" or "separate evaluations", `details["whole"]` the
+        student's own aggregate; of a sweep, `details["truncated"]` the contexts that lost their beginning, by task, and
         `details["layer_passes"]` the work: layers run, in tokens, over the tokens of the suite.
 
     Raises
     ------
     MeasureError
-        No tokenizer, a task that has to generate text, or a log-likelihood that is NaN or infinite.
+        A race of a suite that cannot be swept, or a log-likelihood that is NaN or infinite.
     """
-    started = time.perf_counter()
-    if tokenizer is None:
-        raise MeasureError("The metric 'task' needs the tokenizer: pass tokenizer=loaded.tokenizer.")
-    suite = load_suite(suite, limit=limit)
-    if not suite.swept:
+    suite = load_suite(config.suite, limit=config.limit)
+    if suite.swept:
+        return (yield from _sweep_steps(student, suite, config, tokenizer))
+    if config.race:
         raise MeasureError(
-            f"The metric 'task' scores log-likelihoods, but lm-eval runs {suite.name} by itself. Use a suite of your "
-            "own rows, such as 'mini7'."
+            f"race=True: {suite.name} is no suite of log-likelihoods alone, so that the model is evaluated as a whole "
+            "without each layer, and nothing can stop early. Use race=False, and limit= to score fewer examples."
         )
+    if len(student) < 2:
+        raise MeasureError("Without its only layer there is no model left to evaluate.")
+    return (yield from _separate_steps(student, suite, config, tokenizer))
+
+
+# ------------------------------------------------------------------- the sweep
+
+
+@torch.no_grad()
+def _sweep_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
+    started, depth = time.perf_counter(), len(student)
     plan = suite.plan(tokenizer, window(student, tokenizer))
-    job = _Sweep(student, plan, max_branch_bytes)
-    rng = np.random.default_rng(seed)
-    parts = _parts(plan, rng) if race else [np.arange(plan.examples)]
-    dropped, stopped, seen = {}, "every example was scored", np.zeros(plan.examples, bool)
-    alive, scores = student.layer_ids, None
-    for number, part in enumerate(parts):
-        for done, total in job.run(part, alive):
-            note = f"part {number + 1} of {len(parts)}, {len(alive)} layers" if race else suite.name
-            yield Progress(int(seen.sum() * total + done * len(part)), plan.examples * total, note, scores)
+    job = TaskSweep(student, plan, config.max_branch_bytes)
+    race = Race(student.layer_ids, config.confidence, config.tie)
+    parts = parts_of(plan, np.random.default_rng(config.seed)) if config.race else [np.arange(plan.examples)]
+    cost = f"sweep of {suite.name}: {'at most ' * config.race}the layers of {(depth + 1) / 2:g} evaluations"
+    yield Progress(0, plan.examples, f"{cost}, the head of {depth + 1}")
+    scores, seen = None, np.zeros(plan.examples, bool)
+    for number, part in enumerate(parts, 1):
+        for done, total in job.run(part, race.alive):
+            note = f"part {number} of {len(parts)}, {len(race.alive)} layers" if config.race else suite.name
+            yield Progress(int(seen.sum() + done / total * len(part)), plan.examples, note, scores)
         seen[part] = True
-        details = {
+        details = config.told() | {
+            "way": "sweep",
             "suite": suite.name,
             "suite_fingerprint": suite.fingerprint,
-            "race": race,
-            "seed": seed,
-            "whole": float(job.weights[seen] @ job.whole[seen] / job.weights[seen].sum()),
+            "whole": float(np.average(job.whole[seen], weights=job.weights[seen])),
             "layer_passes": job.passes / max(job.tokens, 1),
-            "dropped": dropped,
+            "dropped": race.dropped,
             "truncated": plan.truncated,
+            "stopped": "every example was scored",
         }
-        scores = _scores(job, suite, seen, confidence, details, time.perf_counter() - started)
-        if not race:
-            break
-        gone = leavers(job, seen, alive, confidence)
-        dropped.update({str(layer_id): int(seen.sum()) for layer_id in gone})
-        alive = [i for i in alive if i not in gone]
-        if len(alive) == 1 or _tied(job, seen, alive, confidence, tie):
-            stopped = "one layer is left" if len(alive) == 1 else f"{len(alive)} layers lie within {tie:g}"
-            break
-    scores.details["stopped"] = stopped
+        scores = LayerScores.from_samples(
+            "task",
+            f"suite {suite.name}, {int(seen.sum())} examples",
+            job.layer_ids,
+            (job.whole[:, None] - job.without)[seen],  # [E, L] -> [examples seen, L]
+            job.weights[seen],
+            seconds=time.perf_counter() - started,
+            confidence=config.confidence,
+            details=details,
+        )
+        if config.race:
+            job.look(race, seen)
+            if race.over:
+                details["stopped"] = race.stopped
+                break
+    scores.details |= details
     return scores
 
 
-class _Sweep:
+def parts_of(plan: Plan, rng: np.random.Generator) -> list[np.ndarray]:
+    """Split the examples into the parts of a race, each with its share of every task."""
+    parts: list[np.ndarray] = []
+    tasks = [rng.permutation(rows) for rows in plan.task_rows()]
+    taken = [0] * len(tasks)
+    for share in SHARES:
+        ends = [int(np.ceil(share * len(rows))) for rows in tasks]
+        enough = sum(ends) >= LEAST_EXAMPLES
+        enough &= all(end >= min(LEAST_OF_TASK, len(rows)) for end, rows in zip(ends, tasks, strict=True))
+        if sum(ends) > sum(taken) and (enough or share == 1):
+            pieces = [rows[a:b] for rows, a, b in zip(tasks, taken, ends, strict=True)]
+            parts.append(np.sort(np.concatenate(pieces)))
+            taken = ends
+    return parts
+
+
+class TaskSweep:
     """Values of each example, whole and without each layer; filled part by part."""
 
-    def __init__(self, student: LayerStack, plan, max_branch_bytes: int):
-        self.student, self.plan, self.limit = student, plan, max_branch_bytes
+    def __init__(self, student: LayerStack, plan: Plan, max_branch_bytes: int):
+        self.student, self.plan, self.max_branch_bytes = student, plan, max_branch_bytes
         self.layer_ids = student.layer_ids
-        self.weights = plan.example_weights()
-        self.whole = np.full(plan.examples, np.nan)
-        self.without = np.full((plan.examples, len(self.layer_ids)), np.nan)
+        self.weights = plan.example_weights()  # [E]
+        self.whole = np.full(plan.examples, np.nan)  # [E]
+        self.without = np.full((plan.examples, len(self.layer_ids)), np.nan)  # [E, L]
         self.lost = np.full_like(self.without, np.nan)  # log-likelihood of the right answer, per example
-        self.owner = np.asarray(plan.example_of_request())
-        self.outcomes = {i: Outcomes.empty(plan.encoded) for i in (None, *self.layer_ids)}
+        self.owner = np.asarray(plan.example_of_request())  # [R]
+        self.outcomes = {i: Outcomes.empty(plan.encoded) for i in (None, *self.layer_ids)}  # None: the whole student
         self.passes = self.tokens = 0
 
-    def run(self, part: np.ndarray, alive: Sequence[int]):
+    def run(self, part: np.ndarray, alive: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Score these examples for these layers; yields (batches done, batches)."""
-        student = self.student
         chosen = np.flatnonzero(np.isin(self.owner, part))
         batches = make_batches(
             [self.plan.encoded[i] for i in chosen],
             [self.plan.groups[i] for i in chosen],
-            largest_tree=largest_tree(student),
-            tokens_per_batch=batch_tokens(student),
+            largest_tree=largest_tree(self.student),
+            tokens_per_batch=batch_tokens(self.student),
         )
         for done, batch in enumerate(batches, 1):
             batch.requests = chosen[batch.requests]
-            final: dict[int, torch.Tensor] = {}
-
-            def on_trunk(position: int, _: int, hidden: torch.Tensor, final=final) -> None:
-                final[0] = hidden  # the last one is the whole student's
-
-            def count(passes: int, size: int = batch.tokens) -> None:
-                self.passes += passes * size
-
-            self.tokens += batch.tokens
-            trunk = student.trunk(model_inputs(student, batch))
-            waves = branches(
-                student,
-                [trunk],
-                alive,
-                reach=len(student),
-                on_trunk=on_trunk,
-                count=count,
-                max_branch_bytes=self.limit,
-            )
-            for layer_ids, hidden in waves:
-                for layer_id, (state,) in zip(layer_ids, hidden):
-                    read_out(student, batch, state, self.outcomes[layer_id])
-            read_out(student, batch, final[0], self.outcomes[None])
+            self._run_batch(batch, alive)
             yield done, len(batches)
-        if not self.outcomes[None].finite(chosen):
-            raise MeasureError(
-                "A log-likelihood of the whole student is not a finite number: the model overflows. "
-                "Load it in float32 or bfloat16."
-            )
-        self.whole[part] = self._values(None)[part]
+        self._take(part, chosen, alive)
+
+    def _run_batch(self, batch: Any, alive: Sequence[int]) -> None:
+        student, final = self.student, {}
+
+        def on_trunk(position: int, _: int, hidden: Tensor) -> None:
+            final[None] = hidden  # the last one is the whole student's, [B, T, d]
+
+        def count(passes: int) -> None:
+            self.passes += passes * batch.tokens
+
+        self.tokens += batch.tokens
+        trunk = student.trunk(model_inputs(student, batch))
+        limit = self.max_branch_bytes
+        for layer_ids, hidden in branches(
+            student, [trunk], alive, max_branch_bytes=limit, reach=len(student), on_trunk=on_trunk, count=count
+        ):
+            for layer_id, (state,) in zip(layer_ids, hidden):
+                read_out(student, batch, state, self.outcomes[layer_id])
+        read_out(student, batch, final[None], self.outcomes[None])
+
+    def _take(self, part: np.ndarray, chosen: np.ndarray, alive: Sequence[int]) -> None:
+        """Turn the outcomes of the chosen requests into the values of a part's examples."""
+        for layer_id in (None, *alive):
+            if not self.outcomes[layer_id].finite(chosen):
+                who = "The whole student" if layer_id is None else f"The student without layer {layer_id}"
+                raise MeasureError(
+                    f"{who} gives a log-likelihood that is not a finite number: the model overflows. Load it in float32 "
+                    "or bfloat16."
+                )
+        gold = self.plan.is_gold()[chosen]
+        self.whole[part] = self.plan.example_values(self.outcomes[None])[part]
         for layer_id in alive:
             column = self.layer_ids.index(layer_id)
-            if not self.outcomes[layer_id].finite(chosen):
-                raise MeasureError(
-                    f"Without layer {layer_id} a log-likelihood is not a finite number: the model overflows. "
-                    "Load it in float32 or bfloat16."
-                )
-            self.without[part, column] = self._values(layer_id)[part]
-            change = self.outcomes[None].loglikelihood - self.outcomes[layer_id].loglikelihood
-            sums = np.bincount(self.owner[chosen], change[chosen] * self.plan.is_gold()[chosen], len(self.whole))
+            self.without[part, column] = self.plan.example_values(self.outcomes[layer_id])[part]
+            change = self.outcomes[None].loglikelihood[chosen] - self.outcomes[layer_id].loglikelihood[chosen]
+            sums = np.bincount(self.owner[chosen], change * gold, len(self.whole))  # [requests] -> [E]
             self.lost[part, column] = sums[part]
 
-    def _values(self, layer_id: int | None) -> np.ndarray:
-        return self.plan.example_values(self.outcomes[layer_id])
+    def look(self, race: Race, seen: np.ndarray) -> None:
+        """Let a race look at the examples `seen` [E] of bool; with all of them, no half has to go."""
+        at = np.ix_(seen, [self.layer_ids.index(i) for i in race.alive])
+        halve = None if seen.all() else self.lost[at].mean(0)  # [examples, A] -> [A]
+        race.look(-self.without[at], self.weights[seen], halve=halve)
 
 
-def _parts(plan, rng: np.random.Generator) -> list[np.ndarray]:
-    """Split the examples into parts of 1/16, 1/16, 1/8, 1/4 and 1/2, each with its share of every task."""
-    ends = np.array([FIRST, 2 * FIRST, 4 * FIRST, 8 * FIRST, 1.0])
-    parts: list[list[np.ndarray]] = [[] for _ in ends]
-    for rows in plan.task_rows():
-        order = rng.permutation(rows)
-        cuts = np.ceil(ends * len(order)).astype(int)
-        for part, piece in zip(parts, np.split(order, cuts[:-1])):
-            part.append(piece)
-    return [np.sort(np.concatenate(part)) for part in parts if any(len(piece) for piece in part)]
+# -------------------------------------------------------- separate evaluations
 
 
-def _scores(job: _Sweep, suite, seen: np.ndarray, confidence: float, details: dict, seconds: float) -> LayerScores:
-    drop = job.whole[:, None] - job.without
-    return LayerScores.from_samples(
-        "task",
-        f"suite {suite.name}, {int(seen.sum())} examples",
-        job.layer_ids,
-        drop[seen],
-        job.weights[seen],
-        seconds=seconds,
-        confidence=confidence,
-        details=details,
+def _separate_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
+    started, ids, total = time.perf_counter(), student.layer_ids, len(student) + 1
+    yield Progress(
+        0, total, f"separate evaluations of {suite.name}: {total}, the student's and one without each layer"
     )
+    whole = yield from relabel(suite_steps(student, tokenizer, suite), "the whole student", (0, total))
+    found: dict[int, SuiteResult] = {}
+    twin = student.share()  # so that whoever looks at the student meanwhile sees it whole
+    scores = None
+    for done, layer_id in enumerate(ids, 1):
+        left = (time.perf_counter() - started) / done * (total - done)
+        yield Progress(done, total, f"without layer {layer_id}; about {left:.0f} s to go", scores)
+        with twin.without(layer_id):
+            work = suite_steps(twin, tokenizer, suite)
+            found[layer_id] = yield from relabel(work, f"without layer {layer_id}", (done, total))
+        unit, drops, weights = _paired(whole, found, ids)
+        scores = LayerScores.from_samples(
+            "task",
+            f"suite {suite.name}, {len(weights)} {unit}",
+            ids,
+            drops,
+            weights,
+            seconds=time.perf_counter() - started,
+            confidence=config.confidence,
+            details=config.told()
+            | {
+                "way": "separate evaluations",
+                "suite": suite.name,
+                "suite_fingerprint": suite.fingerprint,
+                "whole": whole.aggregate,
+                "notes": whole.notes,
+            },
+        )
+    yield Progress(total, total, "", scores)
+    return scores
 
 
-def _gaps(job: _Sweep, seen: np.ndarray, alive: Sequence[int], confidence: float):
-    """Weighted mean of each layer's paired difference to the best, and its one-sided bound."""
-    columns = [job.layer_ids.index(i) for i in alive]
-    x, w = -job.without[np.ix_(seen, columns)], job.weights[seen]
-    mean = w @ x / w.sum()
-    best = int(mean.argmin())
-    gap = x - x[:, [best]]
-    above = mean - mean[best]
-    share = w / w.sum()
-    # Variance of a weighted mean of independent examples.
-    spread = np.sqrt((share[:, None] ** 2 * (gap - above) ** 2).sum(0) * len(w) / (len(w) - 1)) + 1e-12
-    bound = t_quantile(1 - (1 - confidence) / max(1, len(columns) - 1), len(w) - 1) * spread
-    return above, bound, best, columns
+def _paired(
+    whole: SuiteResult, found: dict[int, SuiteResult], ids: Sequence[int]
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """What the aggregate loses, piece by piece: ("examples" or "tasks", drops [N, L], weights [N]).
 
+    The weighted mean of the drops is the drop of the aggregate. Pieces are examples where all results have the same
+    ones, else tasks; columns of layers that were not evaluated yet are NaN.
+    """
+    results = [whole, *found.values()]
+    if len({tuple(result.tasks) for result in results}) > 1:
+        raise MeasureError(f"{whole.name}: evaluations of the same suite have different tasks.")
+    sizes = [[(task.n, task.weights) for task in result.tasks.values()] for result in results]
+    unit = "examples" if all(size == sizes[0] for size in sizes) else "tasks"
 
-def leavers(job: Any, seen: np.ndarray, alive: Sequence[int], confidence: float) -> set[int]:
-    """Layers that a race drops after the examples `seen`: what is surely worse, and the worse half."""
-    above, bound, best, columns = _gaps(job, seen, alive, confidence)
-    drop = above - bound > 0
-    lost = np.nanmean(job.lost[np.ix_(seen, columns)], axis=0)
-    worse_first = np.argsort(-(_ranks(above) + _ranks(lost)), kind="stable")
-    keep = max(1, (len(columns) + 1) // 2)
-    for place in worse_first:
-        if len(drop) - drop.sum() <= keep:
-            break
-        drop[place] |= place != best
-    drop[best] = False
-    return {i for i, gone in zip(alive, drop) if gone}
+    def pieces(result: SuiteResult) -> np.ndarray:
+        tasks = result.tasks.values()
+        parts = [t.oriented(np.asarray(t.values)) if unit == "examples" else np.array([t.share]) for t in tasks]
+        return np.concatenate(parts)  # [N]
 
+    def weight(task: Any) -> np.ndarray:
+        own = np.ones(1) if unit == "tasks" else np.asarray(task.weights or np.ones(task.n), float)
+        return task.weight * own / own.sum()
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Average ranks: equal values share theirs."""
-    order = np.sort(values)
-    return (np.searchsorted(order, values, "left") + np.searchsorted(order, values, "right")) / 2
-
-
-def _tied(job: _Sweep, seen, alive, confidence: float, tie: float) -> bool:
-    above, bound, best, _ = _gaps(job, seen, alive, confidence)
-    within = above + bound <= tie
-    within[best] = True
-    return bool(within.all())
+    weights = np.concatenate([weight(task) for task in whole.tasks.values()])
+    drops = np.full((len(weights), len(ids)), np.nan)
+    for layer_id, result in found.items():
+        drops[:, list(ids).index(layer_id)] = pieces(whole) - pieces(result)
+    return unit, drops, weights / weights.sum()

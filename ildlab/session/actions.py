@@ -22,7 +22,9 @@ from ildlab.distill.masters import decisive
 from ildlab.distill.train import distill_steps
 from ildlab.errors import DistillError, FileError, JournalError, NotFiniteError, SessionError
 from ildlab.evaluate.text_quality import Evaluation, evaluate_steps
-from ildlab.importance.scores import LayerScores, measure_steps, options_of
+from ildlab.importance.config import options_of
+from ildlab.importance.dispatch import measure_steps
+from ildlab.importance.scores import LayerScores
 from ildlab.progress import Progress, relabel
 from ildlab.session.journal import CHANGES_STUDENT
 
@@ -41,11 +43,17 @@ def measure(
     seed = options.pop("seed", session._seed())
     if metric == "task":
         options.setdefault("suite", session.config.suite)
-    needs = {"tokenizer": session.tokenizer} if metric == "task" else {}
+    task = metric == "task"
     with session.acting("measure"):
         started = time.perf_counter()
         scores = yield from measure_steps(
-            session.student, session.text("calibration"), metric, session.teacher, seed=seed, **options, **needs
+            session.student,
+            None if task else session.text("calibration"),
+            metric,
+            None if task else session.teacher,
+            tokenizer=session.tokenizer if task else None,
+            seed=seed,
+            **options,
         )
         session._append(
             "measure",

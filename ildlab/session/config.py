@@ -11,7 +11,7 @@ import torch
 from ildlab.distill.config import DistillConfig
 from ildlab.errors import SessionError
 from ildlab.evaluate.suites import load_suite
-from ildlab.importance.scores import check_options
+from ildlab.importance.config import check_options
 from ildlab.model.offload import named_weights
 from ildlab.model.stack import LayerStack
 

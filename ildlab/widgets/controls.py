@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipywidgets as w
 
-from ildlab.importance.scores import METRICS
+from ildlab.importance.config import METRICS
 from ildlab.session.config import SessionConfig
 from ildlab.widgets.strip import Strip
 

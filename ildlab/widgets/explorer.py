@@ -8,8 +8,9 @@ from typing import Any
 import ipywidgets as w
 
 from ildlab import plots
+from ildlab.importance.config import ONE_PASS
+from ildlab.importance.dispatch import measure
 from ildlab.importance.hidden_states import logit_lens, redundancy
-from ildlab.importance.scores import ONE_PASS, measure
 from ildlab.model.stack import LayerStack
 from ildlab.widgets.strip import Strip
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ildlab.importance.scores import options_of
+from ildlab.importance.config import options_of
 from ildlab.progress import Progress
 from ildlab.session.session import PruningSession
 from ildlab.session.whatif import what_if_steps

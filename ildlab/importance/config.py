@@ -1,0 +1,141 @@
+"""What a measurement takes: the metrics, `MeasureConfig` with all of their options, and which metric has which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ildlab.errors import MeasureError
+from ildlab.typed import read_fields
+
+Metric = Literal[
+    "block_influence", "angular_distance", "mse", "relative_l2", "lrp", "magnitude", "taylor", "nll", "kl", "task"
+]
+METRICS: tuple[str, ...] = get_args(Metric)
+PAIRWISE = METRICS[:4]  # those that compare a layer's output with its input
+ONE_PASS = METRICS[:7]
+ABLATION = METRICS[7:9]
+TIES = {"nll": 0.02, "kl": 0.02, "task": 0.005}
+
+
+def _option(default: Any, *metrics: str) -> Any:
+    """A field that only these metrics have."""
+    return field(default=default, metadata={"metrics": metrics})
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """The options of `ildlab.measure`, checked here once, before any work.
+
+    Parameters
+    ----------
+    metric : str
+        One forward pass: "block_influence", "angular_distance", "mse", "relative_l2", "lrp"; weights alone:
+        "magnitude"; forward and backward: "taylor" (`ildlab.importance.one_pass` defines them). Exact ablation
+        by a trunk-shared sweep: "nll", the increase of the negative log-likelihood per token when the layer is
+        skipped, and "kl", KL(teacher || student without the layer) per token, both in nats; "task", the drop of
+        a suite's aggregate.
+    race : bool
+        nll, kl, task: stop scoring layers that surely are not the least important one (`ildlab.importance.race`).
+    positions : int, optional
+        taylor, nll, kl: score a seeded random sample of so many positions of each sequence, so that the head is paid
+        only there (unbiased; the layers still see the whole sequence). By default all.
+    batch_size : int
+        All but task: sequences in a batch; it is halved on an out-of-memory error, and `details["notes"]` says so.
+    seed : int
+        Of the sampled positions, and of the order of a suite's examples in a race.
+    confidence : float
+        Of the intervals, and of a race.
+    tie : float, optional
+        nll, kl, task: what may be lost by picking one of two layers so near to each other, at which a race ends (the
+        indifference zone of Bechhofer 1954). By default 0.02 nats per token, and 0.005 of a suite's aggregate.
+    first : int
+        nll, kl: sequences of a race's small first batch.
+    tokens : {"all", "last"}
+        The four metrics of a layer's input and output: every valid token, or only the last of each sequence.
+    epsilon : float
+        lrp: of the epsilon rule.
+    max_branch_bytes : int
+        Memory that the branches' hidden states may take; more of them go in waves. With offloaded layers as many
+        sequences as fit go through each layer while it is loaded.
+    suite : str or Suite
+        task: what `ildlab.evaluate.suites.load_suite` takes.
+    limit : int, optional
+        task: rows of each task at most.
+
+    Raises
+    ------
+    MeasureError
+        A value is none that its option takes, or the metric has no such option.
+    """
+
+    metric: Metric = "block_influence"
+    race: bool = _option(False, *ABLATION, "task")
+    positions: int | None = _option(None, "taylor", *ABLATION)
+    batch_size: int = _option(8, *ONE_PASS, *ABLATION)
+    seed: int = 0
+    confidence: float = 0.95
+    tie: float | None = _option(None, *ABLATION, "task")
+    first: int = _option(2, *ABLATION)
+    tokens: Literal["all", "last"] = _option("all", *PAIRWISE)
+    epsilon: float = _option(1e-6, "lrp")
+    max_branch_bytes: int = _option(2 * 2**30, *ONE_PASS, *ABLATION, "task")
+    suite: Any = _option(None, "task")
+    limit: int | None = _option(None, "task")
+
+    def __post_init__(self):
+        known = options_of(self.metric)
+        read_fields(self, MeasureError)
+        for each in fields(self):
+            # What says "as always" (race=False, positions=None) any metric can be given.
+            if each.name not in {*known, "metric"} and getattr(self, each.name) != each.default:
+                raise MeasureError(_no_option(self.metric, each.name))
+        for name in ("positions", "batch_size", "first", "max_branch_bytes", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise MeasureError(f"{name}={value}: it must be at least 1.")
+        for name in ("seed", "tie", "epsilon"):
+            if (getattr(self, name) or 0) < 0:
+                raise MeasureError(f"{name}={getattr(self, name)}: it must not be negative.")
+        if not 0.5 <= self.confidence < 1:
+            raise MeasureError(f"confidence={self.confidence}: a probability from 0.5 up to, and without, 1.")
+        if self.tie is None:
+            object.__setattr__(self, "tie", TIES.get(self.metric))
+
+    def told(self) -> dict[str, Any]:
+        """The options of this metric as `LayerScores.details` keeps them: JSON-able, without the suite."""
+        return {name: getattr(self, name) for name in sorted(options_of(self.metric) - {"suite"})}
+
+
+def options_of(metric: str) -> set[str]:
+    """Names of the options that `measure` takes for a metric.
+
+    Raises
+    ------
+    MeasureError
+        There is no such metric.
+    """
+    if metric not in METRICS:
+        raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
+    return {
+        f.name for f in fields(MeasureConfig) if f.name != "metric" and metric in f.metadata.get("metrics", METRICS)
+    }
+
+
+def check_options(metric: str, options: dict[str, Any]) -> MeasureConfig:
+    """The config of a metric with these options.
+
+    Raises
+    ------
+    MeasureError
+        There is no such metric, the metric has no such option, or the option no such value.
+    """
+    options_of(metric)
+    unknown = sorted(set(options) - {f.name for f in fields(MeasureConfig) if f.name != "metric"})
+    if unknown:
+        raise MeasureError(_no_option(metric, unknown[0]))
+    return MeasureConfig(metric=metric, **options)
+
+
+def _no_option(metric: str, name: str) -> str:
+    return f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(options_of(metric)))}."

@@ -1,0 +1,91 @@
+"""`measure`: one call for every metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ildlab.errors import MeasureError
+from ildlab.importance.ablation import ablation_steps
+from ildlab.importance.config import ONE_PASS, check_options
+from ildlab.importance.one_pass import one_pass_steps
+from ildlab.importance.scores import LayerScores
+from ildlab.importance.task import task_steps
+from ildlab.model.stack import LayerStack
+from ildlab.progress import Work, drive
+from ildlab.text.rows import Rows
+
+
+def measure_steps(
+    student: LayerStack,
+    blocks: Any,
+    metric: str = "block_influence",
+    teacher: LayerStack | None = None,
+    *,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Work[LayerScores]:
+    """Score every layer of the student, step by step; `measure` says what the arguments are.
+
+    Yields
+    ------
+    Progress
+        `partial` is the `LayerScores` so far. Close it at any time: the student is untouched.
+    """
+    config = check_options(metric, options)
+    if metric == "task":
+        if config.suite is None:
+            raise MeasureError("The metric 'task' needs a suite: give suite= (and tokenizer=).")
+        if tokenizer is None:
+            raise MeasureError("The metric 'task' needs the tokenizer: pass tokenizer=loaded.tokenizer.")
+        if teacher is not None:
+            raise MeasureError("teacher=: 'task' compares the student with itself. Leave it out, or measure 'kl'.")
+        return (yield from task_steps(student, config, tokenizer))
+    if tokenizer is not None:
+        raise MeasureError(f"tokenizer=: {metric!r} reads blocks of tokens, not text. Leave it out.")
+    if metric == "kl" and teacher is None:
+        raise MeasureError("The metric 'kl' compares with the teacher: give teacher=.")
+    rows = None if metric == "magnitude" else Rows.of(blocks)
+    if rows is not None and len(rows.tokens) < 2:
+        raise MeasureError(
+            f"{len(rows.tokens)} sequence(s): an interval needs at least 2. Give more text, or shorter blocks."
+        )
+    if metric in ONE_PASS:
+        return (yield from one_pass_steps(student, rows, config))
+    return (yield from ablation_steps(student, rows, config, teacher))
+
+
+def measure(
+    student: LayerStack,
+    blocks: Any,
+    metric: str = "block_influence",
+    teacher: LayerStack | None = None,
+    *,
+    tokenizer: Any = None,
+    show: bool | None = None,
+    **options: Any,
+) -> LayerScores:
+    """Score how important each layer of the student is; the student is left as it was.
+
+    Parameters
+    ----------
+    student : LayerStack
+    blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
+        Tokens to score on; each row is one sequence. "magnitude" and "task" read none.
+    metric : str
+    teacher : LayerStack, optional
+        For "kl".
+    tokenizer : optional
+        For "task": the student's.
+    show : bool, optional
+        Draw a progress bar (see `ildlab.progress.drive`).
+    **options
+        `MeasureConfig` has them all: race, positions, batch_size, seed, confidence, suite, ...
+
+    Raises
+    ------
+    MeasureError
+        A metric or option that does not exist, a missing teacher, suite or tokenizer, fewer than 2 sequences, or a
+        score that is NaN or infinite (names layer and batch).
+    """
+    work = measure_steps(student, blocks, metric, teacher, tokenizer=tokenizer, **options)
+    return drive(work, desc=f"measure {metric}", show=show)

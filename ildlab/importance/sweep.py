@@ -1,0 +1,121 @@
+"""The trunk-shared sweep: the model without each layer in turn, its bottom layers run once.
+
+Skipping layer l leaves the layers below it as they were. Going down the stack once, each branch starts from the
+trunk's own hidden state h[l] and runs only the layers above l: the same numbers as L separate runs, bit for bit, for
+L·(L+1)/2 layer passes instead of L·(L-1). Everything here is layer-outer, batch-inner: a layer is visited once for all
+batches and branches, which is what a model with offloaded layers needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ildlab.model.capture import Trunk
+from ildlab.model.offload import is_offloaded, resident
+from ildlab.model.stack import LayerStack
+
+
+def climb(
+    stack: LayerStack, trunks: Sequence[Trunk], hidden: Sequence[Tensor] | None = None, start: int = 0
+) -> Iterator[list[Tensor]]:
+    """Run the layers from position `start`, each for all batches while it is loaded.
+
+    Parameters
+    ----------
+    trunks : sequence of Trunk
+        One for each batch.
+    hidden : sequence of Tensor [B, T, d], optional
+        h[start] of each batch; h[0] by default.
+
+    Yields
+    ------
+    list of Tensor [B, T, d]
+        h[start + 1], h[start + 2], ... of every batch; the same list each time.
+    """
+    hidden = [trunk.h0 for trunk in trunks] if hidden is None else list(hidden)
+    for q in range(start, len(stack)):
+        with resident(stack.layers[q]):
+            for b, trunk in enumerate(trunks):
+                hidden[b] = stack.run(q, hidden[b], trunk)
+        yield hidden
+
+
+def rows_at_once(student: LayerStack, total: int, batch_size: int, row_bytes: int, max_bytes: int) -> int:
+    """Rows that go through each layer together: a batch, or where layers are offloaded as many as fit in memory."""
+    return max(batch_size, min(total, max_bytes // row_bytes)) if is_offloaded(student.layers) else batch_size
+
+
+@torch.no_grad()
+def branches(
+    student: LayerStack,
+    trunks: Sequence[Trunk],
+    layer_ids: Sequence[int] | None = None,
+    *,
+    max_branch_bytes: int = 2 * 2**30,
+    reach: int = 0,
+    on_trunk: Callable[[int, int, Tensor], None] | None = None,
+    count: Callable[[int], None] | None = None,
+) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
+    """Yield the final hidden states of the student without each layer, wave by wave.
+
+    Parameters
+    ----------
+    student : LayerStack
+    trunks : sequence of Trunk
+        One for each batch (`student.trunk(batch)`).
+    layer_ids : sequence of int, optional
+        Layers to skip, one at a time; all by default.
+    max_branch_bytes : int
+        Memory that the hidden states of trunk and branches may take; where all branches do not fit
+        they go in waves, of at least one branch.
+    reach : int
+        Carry the trunk at least to h[reach] (`len(student)`: to the whole student's output).
+    on_trunk : callable(position q, index of the batch, h[q]), optional
+        Sees the trunk's hidden states as they come.
+    count : callable(int), optional
+        Told the layer passes as they are run (one pass: one layer, one batch).
+
+    Yields
+    ------
+    (layer ids, hidden)
+        `hidden[i][b]` is h[L] [B, T, d], pre-norm, of batch b without `layer ids[i]`. Bottom first.
+    """
+    ids = student.layer_ids if layer_ids is None else layer_ids
+    alive = sorted(student.position(layer_id) for layer_id in ids)
+    trunk = [t.h0 for t in trunks]  # h[at] of each batch, [B, T, d]
+    fits = max(1, max_branch_bytes // sum(h.nbytes for h in trunk) - 1)
+    waves = [alive[i : i + fits] for i in range(0, len(alive), fits)] or [[]]
+    at = 0  # the trunk stands at h[at]
+
+    def see() -> None:
+        if on_trunk is not None:
+            for b, hidden in enumerate(trunk):
+                on_trunk(at, b, hidden)
+
+    see()
+    for wave in waves:
+        goal = max(wave[-1] if wave else 0, reach if wave is waves[-1] else 0)
+        going: dict[int, list[Tensor]] = {}  # skipped position -> the branch's states, [B, T, d] a batch
+        for q in range(at, len(student)):
+            born = {q: list(trunk)} if q in wave else {}
+            advance = q < goal
+            if going or advance:
+                with resident(student.layers[q]):
+                    for b, replay in enumerate(trunks):
+                        for states in going.values():
+                            states[b] = student.run(q, states[b], replay)
+                        if advance:
+                            trunk[b] = student.run(q, trunk[b], replay)
+                if count is not None:
+                    count(len(trunks) * (len(going) + advance))
+            if advance:
+                at = q + 1
+                see()
+            going.update(born)
+        if wave:
+            final = [going[p] for p in wave]
+            going = {}  # so that the caller alone decides how long they live
+            yield [student.layer_ids[p] for p in wave], final
