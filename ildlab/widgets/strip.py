@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import ipywidgets as w
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
-from ildlab.plots.canvas import contrast, ink_on
+from ildlab.plots.canvas import MAP, ink_on
+from ildlab.widgets.words import score_words
+
+NOTHING = "#e8e8e8"  # the colour of a cell that has no score
 
 CSS = """<style>
 .ildlab-strip{flex-flow:row wrap}
@@ -23,14 +28,10 @@ CSS = """<style>
 
 
 def shade(value: float | None, low: float, high: float) -> str:
-    """Colour of a score on the cividis scale, least to most; grey where there is none."""
+    """Colour of a score, least to most; grey where there is none."""
     if value is None:
-        return "#e8e8e8"
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    span = (value - low) / (high - low) if high > low else 0.5
-    return to_hex(colormaps["cividis"](span))
+        return NOTHING
+    return to_hex(colormaps[MAP]((value - low) / (high - low) if high > low else 0.5))
 
 
 class Strip:
@@ -50,7 +51,7 @@ class Strip:
     ):
         self.layer_ids = list(layer_ids)
         # The slider has to stand somewhere: until a person chooses, a click on that cell only selects it.
-        self._chosen = False
+        self.chosen = False
         self._on_select, self._on_toggle = on_select, on_toggle
         self.cells = {}
         for layer_id in self.layer_ids:
@@ -74,17 +75,22 @@ class Strip:
         return self.slider.value
 
     def select(self, layer_id: int) -> None:
-        """Select a layer."""
+        """Select a layer, as a person does."""
         self.slider.value = layer_id
 
+    def suggest(self, layer_id: int) -> None:
+        """Select a layer until a person chooses; a first click on it then only chooses it."""
+        self.slider.value = layer_id
+        self.chosen = False
+
     def _clicked(self, layer_id: int) -> None:
-        if layer_id == self.selected and self._chosen and self._on_toggle is not None:
+        if layer_id == self.selected and self.chosen and self._on_toggle is not None:
             self._on_toggle()
-        self._chosen = True
+        self.chosen = True
         self.select(layer_id)
 
     def _selected(self, layer_id: int) -> None:
-        self._chosen = True
+        self.chosen = True
         for i in self.cells:
             self._mark(i, i == layer_id)
         self._on_select(layer_id)
@@ -111,20 +117,14 @@ class Strip:
         table = None if scores is None else scores.table
         low, high = (0, 1) if table is None else (float(table["score"].min()), float(table["score"].quantile(0.9)))
         for layer_id, cell in self.cells.items():
-            value = float(table.at[layer_id, "score"]) if table is not None and layer_id in table.index else None
             gone = layer_id not in here
+            known = not gone and table is not None and layer_id in table.index
+            value = float(table.at[layer_id, "score"]) if known else None
             sign = "×" if gone else "▼" if layer_id == suggested else "*" if layer_id in trained else ""
-            cell.description = f"{layer_id}{sign}\n" + ("" if value is None or gone else f"{value:.3g}")
-            colour = "#e8e8e8" if gone else shade(None if value is None else min(value, high), low, high)
-            cell.style.button_color = colour
-            cell.style.text_color = ink_on(colour)
-            assert contrast(ink_on(colour), colour) >= 4.5
-            words = [f"layer {layer_id}"]
-            if gone:
-                words.append("removed")
-            elif value is not None:
-                row = table.loc[layer_id]
-                words.append(f"{scores.metric} {value:.4g} [{row.ci_low:.4g}, {row.ci_high:.4g}], n={int(row.n)}")
+            cell.description = f"{layer_id}{sign}\n" + (f"{value:.3g}" if known else "")
+            colour = shade(min(value, high) if known else None, low, high)
+            cell.style.button_color, cell.style.text_color = colour, ink_on(colour)
+            words = [f"layer {layer_id}"] + ["removed"] * gone + ([score_words(scores, layer_id)] if known else [])
             words += ["trained"] * (layer_id in trained) + ["switched off"] * (layer_id in off)
             words += ["least important"] * (layer_id == suggested)
             cell.tooltip = ", ".join(words)

@@ -64,7 +64,7 @@ def figures(page) -> None:
     """Keep a picture of every figure, those that run the model too."""
     from ildlab.widgets.figures import FIGURES
 
-    kinds = page.locator(".ildlab-stepper select").filter(has_text=FIGURES[0]).first
+    kinds = page.locator(".ildlab-stepper select").filter(has_text=next(iter(FIGURES))).first
     for kind in FIGURES:
         kinds.select_option(kind)
         press(page, "Draw")
