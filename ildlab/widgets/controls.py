@@ -23,15 +23,7 @@ WIDE = w.Layout(width="98%")
 
 
 class Controls:
-    """All widgets of a stepper, as attributes, and `view`, that holds them.
-
-    Parameters
-    ----------
-    config : SessionConfig
-        The run's settings.
-    strip : Strip
-    prompt : str
-    """
+    """All widgets of a stepper, as attributes, and `view`, that holds them; `config` has the run's settings."""
 
     def __init__(self, config: SessionConfig, strip: Strip, prompt: str):
         self.status, self.about = _html("ildlab-status"), _html()

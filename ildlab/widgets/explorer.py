@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import ipywidgets as w
@@ -32,8 +32,11 @@ class Explorer:
     """
 
     def __init__(self, model: Any, text: Any, *, sentence: str = "The capital of France is Paris."):
-        self.stack, self.tokenizer, self.blocks = LayerStack(model.model), model.tokenizer, text
-        self._made: dict[Any, Any] = {}
+        self.stack = stack = LayerStack(model.model)
+        # Each is measured once, however often it is looked at.
+        self._scores = cache(lambda metric: measure(stack, text, metric, show=False))
+        self._redundancy = cache(lambda: redundancy(stack, text, "cosine", show=False))
+        self._lens = cache(lambda sentence: logit_lens(stack, sentence, model.tokenizer))
         self.status, self.about, self.figure = w.HTML(), w.HTML(), w.HTML()
         self.metric = w.Dropdown(options=[m for m in ONE_PASS if m not in ("lrp", "taylor")], description="metric")
         self.kind = w.Dropdown(options=VIEWS, description="figure")
@@ -47,9 +50,8 @@ class Explorer:
 
     @property
     def scores(self) -> LayerScores:
-        """Scores of the metric chosen; measured once."""
-        metric = self.metric.value
-        return self._once(metric, lambda: measure(self.stack, self.blocks, metric, show=False))
+        """Scores of the metric chosen."""
+        return self._scores(self.metric.value)
 
     def refresh(self) -> None:
         """Draw what the controls ask for."""
@@ -63,19 +65,12 @@ class Explorer:
             self.status.value = note(error_words(error), role="status")
 
     def _drawn(self) -> tuple[Axes, str]:
-        kind, text = self.kind.value, self.sentence.value
-        if kind == "importance":
+        if self.kind.value == "importance":
             return plots.importance(self.scores), f"{self.scores.metric} of each layer."
-        if kind == "redundancy":
-            matrix = self._once(kind, lambda: redundancy(self.stack, self.blocks, "cosine", show=False))
-            return plots.redundancy_heatmap(matrix, "cosine"), "Cosine between hidden states of every two layers."
-        table = self._once((kind, text), lambda: logit_lens(self.stack, text, self.tokenizer))
-        return plots.logit_lens_map(table), "What each layer's hidden state would predict."
-
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if self.kind.value == "redundancy":
+            alt = "Cosine between hidden states of every two layers."
+            return plots.redundancy_heatmap(self._redundancy(), "cosine"), alt
+        return plots.logit_lens_map(self._lens(self.sentence.value)), "What each layer's hidden state would predict."
 
     def _describe(self) -> None:
         layer_id, scores = self.strip.selected, self.scores

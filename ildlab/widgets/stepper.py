@@ -1,9 +1,5 @@
 """Step through pruning in JupyterLab: widgets, nothing but view; every action is a `PruningSession` call.
 
-```python
-Stepper(PruningSession.open("runs/first"))
-```
-
 Long work runs on one worker thread, that writes leaf traits only, a few times a second. Without a
 browser (papermill, tests) `Stepper(session, inline=True)` runs every action in the caller.
 """
@@ -35,40 +31,20 @@ from ildlab.widgets.worker import Outcome, Worker
 SHOW_EVERY = 0.3  # seconds between two updates of the widgets while a job runs
 DRAWING_SHARE = 1 / 30  # of a job's time may go into its live figure, however slow the machine draws
 BUSY = "Busy: one thing at a time. Stop the work in hand first, or wait for it."
+PROMPT = "The most important invention in history is"
 ACTIONS = "measure suggest toggle reset what_if remove distill evaluate undo go_back branch export draw save".split()
 
 
 class Stepper(Controls):
-    """The live view of one session.
+    """The live view of one session; `inline` runs its actions in the caller instead of on the worker thread.
 
-    Parameters
-    ----------
-    session : PruningSession
-    inline : bool
-        Run actions in the caller instead of on the worker thread.
-    prompt : str
-        First prompt of the what-if panel.
-
-    Attributes
-    ----------
-    view : ipywidgets.VBox
-        All of it.
-    measure, remove, distill, evaluate, stop, pause, undo, what_if, reset, go_back, branch, export, ... : Button
-        Each does what the method of its name, with an underscore before it, says: at once, and that returns what to
-        say; or, where the method is a generator of `Progress`, as the job in hand.
-    failed : Exception or None
-        What the last action failed with; its text stands in the status line.
+    The button `remove` does what the method `_remove` says, and so on: at once, where that returns what to say; where it
+    is a generator of `Progress`, as the job in hand. `view` holds all widgets; `failed` is what the last action failed
+    with; `prompt` is the first text of the what-if and of the figures that read one.
     """
 
-    def __init__(
-        self,
-        session: PruningSession,
-        *,
-        inline: bool = False,
-        prompt: str = "The most important invention in history is",
-    ):
-        self.session = session
-        self.worker = Worker(inline)
+    def __init__(self, session: PruningSession, *, inline: bool = False, prompt: str = PROMPT):
+        self.session, self.worker = session, Worker(inline)
         self.failed: BaseException | None = None
         self._off: set[int] = set()
         self._static: Any = None
@@ -104,23 +80,18 @@ class Stepper(Controls):
     # --------------------------------------------------------------- showing
 
     def _say(self, words: str) -> None:
-        self.status.value = f"<b>{note(words, role='status')}</b>"
+        self.status.value = note(words, role="status")
 
-    def refresh(self, words: str | None = None) -> None:
+    def refresh(self, words: str = "Ready.") -> None:
         """Draw everything anew from the session."""
         session = self.session
-        self._off &= set(session.student.layer_ids)
-        scores = session.scores
+        here, scores = session.student.layer_ids, session.scores
+        self._off &= set(here)
         suggested = scores.least_important if scores else None
         if scores and not self.strip.chosen:
             self.strip.suggest(suggested)
-        self.strip.show(
-            scores or session.latest_scores,
-            here=session.student.layer_ids,
-            off=self._off,
-            trained=session.trained,
-            suggested=suggested,
-        )
+        marks = {"off": self._off, "trained": session.trained, "suggested": suggested}
+        self.strip.show(scores or session.latest_scores, here=here, **marks)
         self._forecast()
         self._describe()
         table = session.history().drop(columns=["kl_undistilled"]).dropna(axis=1, how="all")
@@ -129,8 +100,8 @@ class Stepper(Controls):
         self.steps.value = session.journal.head.step
         self.results.value = evaluation_html(session) + warnings_html(session)
         self._show_figure()
-        where = f"{len(session.student)} of {len(session.teacher)} layers, step {session.journal.head.step}."
-        self._say(f"{words or 'Ready.'} {where}")
+        where = f"{len(here)} of {len(session.teacher)} layers, step {session.journal.head.step}."
+        self._say(f"{words} {where}")
         if self._static is not None:
             self._static.update(self._as_it_stands())
 
@@ -194,11 +165,11 @@ class Stepper(Controls):
             words = f"{name} stopped."
         self.refresh(words)
 
-    def _partial(self, partial: Any) -> None:
-        if hasattr(partial, "least_important"):
-            self.strip.show(partial, here=self.session.student.layer_ids, suggested=partial.least_important)
-        elif isinstance(partial, dict) and "kl" in partial:
-            self._live.append(partial)
+    def _partial(self, found: Any) -> None:
+        if hasattr(found, "least_important"):
+            self.strip.show(found, here=self.session.student.layer_ids, suggested=found.least_important)
+        elif isinstance(found, dict) and "kl" in found:
+            self._live.append(found)
             start = time.perf_counter()
             if len(self._live) > 1 and start >= self._next_figure:
                 self.figure.value = figures.live_losses(self._live)
@@ -206,13 +177,11 @@ class Stepper(Controls):
                 self._next_figure = end + (end - start) / DRAWING_SHARE
 
     def _pause(self) -> None:
-        if self.worker.paused:
-            self.worker.resume()
-            self.pause.description = "Pause"
-        elif self.worker.busy:
-            self.worker.pause()
-            self.pause.description = "Resume"
-            self._say("Paused at the next step.")
+        paused = self.worker.paused
+        if self.worker.busy:
+            (self.worker.resume if paused else self.worker.pause)()
+            self.pause.description = "Pause" if paused else "Resume"
+            self._say("Going on." if paused else "Paused at the next step.")
 
     # --------------------------------------------------------------- actions
 

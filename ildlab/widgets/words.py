@@ -47,23 +47,19 @@ def evaluation_html(session: Any) -> str:
     found = session.evaluation
     if found is None:
         return ""
-    done = [step for step in session.path if step.action == "evaluate"]
-    if len(done) < 2:
+    *_, before, _ = [None, *(step for step in session.path if step.action == "evaluate")]
+    if before is None:
         return found._repr_html_()
-    earlier = Evaluation.from_dict(done[-2].result["evaluation"])
-    return (
-        f"{found._repr_html_()}<details open><summary>the last evaluation before it, step {done[-2].step}</summary>"
-        f"{earlier._repr_html_()}</details>"
-    )
+    earlier = Evaluation.from_dict(before.result["evaluation"])._repr_html_()
+    told = f"<summary>the last evaluation before it, step {before.step}</summary>"
+    return f"{found._repr_html_()}<details open>{told}{earlier}</details>"
 
 
 def warnings_html(session: Any) -> str:
     """Failure signatures that the journal shows."""
-    items = "".join(
-        f"<li><b>{html.escape(f.signature)}</b>: {html.escape(f.seen)} {html.escape(f.advice)}</li>"
-        for f in diagnose(session)
-    )
-    return f'<ul class="ildlab-note">{items}</ul>' if items else ""
+    items = [(f.signature, f"{f.seen} {f.advice}") for f in diagnose(session)]
+    listed = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(told)}</li>" for name, told in items)
+    return f'<ul class="ildlab-note">{listed}</ul>' if items else ""
 
 
 def step_labels(session: Any) -> list[tuple[str, int]]:

@@ -29,8 +29,7 @@ class Worker:
     def __init__(self, inline: bool = False):
         self.inline = inline
         self._busy = threading.Lock()
-        self._stop = threading.Event()
-        self._go = threading.Event()
+        self._stop, self._go = threading.Event(), threading.Event()
         self._go.set()
 
     @property
