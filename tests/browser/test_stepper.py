@@ -82,6 +82,7 @@ def test_the_whole_flow(lab, page):
 
     # Measure, and stop one in the middle; then measure to the end.
     page.locator(".ildlab-stepper select").first.select_option("kl")
+    page.locator(".ildlab-stepper input[type=checkbox]").first.check()  # a race has more places to stop at
     press(page, "Measure")
     wait_status(page, r"Measure: \d")
     shot(page, "measuring")
