@@ -9,7 +9,7 @@ import pytest
 from ildlab.errors import SessionError
 from ildlab.evaluate.suites import load_suite
 from ildlab.model.load import LoadedModel
-from ildlab.plots import suites as plots_suites
+from ildlab.plots import curves as plots_curves
 from ildlab.progress import drive
 from ildlab.session.methods import METHODS, compare_steps, curve, published_curves, task_columns
 from ildlab.session.session import PruningSession
@@ -143,12 +143,12 @@ def test_rows_that_chose_nothing_have_an_aggregate_of_their_own(loaded, text_fil
 
 def test_figures(table):
     _, curves = table
-    ax = plots_suites.methods(curves)
+    ax = plots_curves.methods(curves)
     assert isinstance(ax, matplotlib.axes.Axes)
     assert len(ax.get_lines()) == len(METHODS) + 1
-    assert len(plots_suites.methods(published_curves(), over="share_removed").get_lines()) == 6
+    assert len(plots_curves.methods(published_curves(), over="share_removed").get_lines()) == 6
     tasks = ["knowledge", "cloze", "summary"]
-    figure = plots_suites.task_panels(curves, tasks, chance={"knowledge": 0.25})
+    figure = plots_curves.task_panels(curves, tasks, chance={"knowledge": 0.25})
     assert sum(ax.get_visible() for ax in figure.axes) == 3
 
 
