@@ -9,11 +9,13 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from test_losses import naive_divergence
 
+from ildlab.distill import processes
 from ildlab.distill.batches import Counts, row_order
 from ildlab.distill.config import DistillConfig
 from ildlab.distill.losses import divergence
@@ -21,7 +23,8 @@ from ildlab.distill.masters import Masters
 from ildlab.distill.scope import match_points, resolve_scope
 from ildlab.distill.step import DistillStep, gradient_norms
 from ildlab.distill.train import distill, distill_steps
-from ildlab.errors import DistillError, TextError
+from ildlab.errors import DistillError, NotFiniteError, TextError
+from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
 
 BASE = DistillConfig(
@@ -558,3 +561,130 @@ def test_smollm2_heals(teacher, blocks):
     assert result.trained == [18, 19, 21, 22]
     assert result.history.kl.iloc[-1] < 0.85 * result.history.kl.iloc[0]
     assert math.isfinite(result.tokens_per_second)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, teacher, tmp_path_factory):
+    """A folder with a tiny model and a tokenizer, as `load_model` takes it."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny(4, vocab=49152, hidden=16).save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loaded_pair(folder, dtype):
+    """A teacher, and a student that was healed before: layer 0 is its own."""
+    teacher = LayerStack(load_model(folder, dtype=dtype, device="cpu").model)
+    student = teacher.share()
+    student.own([0])
+    with torch.no_grad():
+        for p in student.layers[0].parameters():
+            p.mul_(1.1)
+    student.remove(1)
+    return student, teacher
+
+
+SPREAD = DistillConfig(batch_size=4, tokens=4 * 12 * 4, kl_positions=7, micro_batch=1, learning_rate=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_processes_equal_one(saved, tmp_path, dtype):
+    text = {"input_ids": rows(12), "attention_mask": torch.ones(12, 12).index_fill_(1, torch.tensor([11]), 0)}
+    students, results = [], []
+    for count in (1, 2):
+        student, teacher = loaded_pair(saved, dtype)
+        work = processes.distill_steps(
+            student,
+            teacher,
+            text,
+            SPREAD,
+            gap=1,
+            processes=count,
+            teacher_name=str(saved),
+            checkpoint=tmp_path / f"{count}.safetensors",
+            metrics_path=tmp_path / f"{count}.jsonl",
+        )
+        seen, workers = [], set()
+        try:
+            while True:
+                seen.append(next(work))
+                workers |= {w.environ().get("RANK") for w in psutil.Process().children(recursive=True)}
+        except StopIteration as stop:
+            results.append(stop.value)
+        assert workers - {None} == ({"0", "1"} if count == 2 else set())
+        assert [p.done for p in seen] == [1, 2, 3, 4] and seen[0].total == 4
+        assert len((tmp_path / f"{count}.jsonl").read_text().splitlines()) == 4
+        students.append(student)
+    one, two = results
+    assert (one.trained, one.gap, one.tokens, one.config) == (two.trained, two.gap, two.tokens, two.config)
+    assert two.peak > 0 and two.seconds > 0
+    for name in ("loss", "kl", "hidden", "agreement", "grad_norm", "grad_kl", "grad_hidden"):
+        assert two.history[name].tolist() == pytest.approx(one.history[name].tolist(), rel=1e-4), name
+    ours, theirs = (weights(student) for student in students)
+    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in ours)
+    assert not same(theirs, weights(loaded_pair(saved, dtype)[0]))
+    assert not any(p.requires_grad for p in students[1].model.parameters())
+    # A checkpoint of several processes is one of this distillation: one process takes it up, at its end.
+    student, teacher = loaded_pair(saved, dtype)
+    again = distill(student, teacher, text, SPREAD, gap=1, checkpoint=tmp_path / "2.safetensors")
+    assert again.history.loss.tolist() == two.history.loss.tolist() and same(weights(student), theirs)
+
+
+def test_a_killed_process_leaves_the_student_as_it_was(saved):
+    student, teacher = loaded_pair(saved, "float32")
+    before, layers = weights(student), list(student.layers)
+    long = replace(SPREAD, tokens=4 * 12 * 100_000)
+    work = processes.distill_steps(student, teacher, rows(), long, gap=1, processes=2, teacher_name=str(saved))
+    next(work)
+    workers = psutil.Process().children(recursive=True)
+    trained = [w for w in workers if w.environ().get("RANK") == "1"]
+    trained[-1].kill()
+    with pytest.raises(DistillError, match="(?s)process of the distillation died.*SIGKILL"):
+        for _ in work:
+            pass
+    assert same(before, weights(student)) and list(student.layers) == layers
+    psutil.wait_procs(workers, timeout=30)
+    assert not any(w.is_running() for w in workers)
+
+
+def test_closing_ends_the_processes_and_keeps_what_they_trained(saved):
+    student, teacher = loaded_pair(saved, "float32")
+    before = weights(student)
+    long = replace(SPREAD, tokens=4 * 12 * 100_000, scope="suffix")
+    work = processes.distill_steps(student, teacher, rows(), long, gap=1, processes=2, teacher_name=str(saved))
+    next(work)
+    workers = psutil.Process().children(recursive=True)
+    work.close()
+    psutil.wait_procs(workers, timeout=30)
+    assert len(workers) >= 3 and not any(w.is_running() for w in workers)
+    changed = {k for k, v in weights(student).items() if not torch.equal(v, before[k])}
+    assert changed and all(".layers.1." in k or ".layers.2." in k for k in changed)
+    assert not any(p.requires_grad for p in student.model.parameters())
+
+
+def test_what_a_process_finds_wrong_is_said(saved, tiny, tmp_path):
+    student, teacher = loaded_pair(saved, "float32")
+    before = weights(student)
+
+    def run(**changes):
+        options = {"gap": 1, "processes": 2, "teacher_name": str(saved)} | changes
+        return list(processes.distill_steps(student, teacher, rows(), replace(SPREAD, seed=0), **options))
+
+    with pytest.raises(DistillError, match="shared evenly by 3"):
+        run(processes=3)
+    other = tiny(4, vocab=49152, hidden=16, seed=1)
+    other.save_pretrained(tmp_path)
+    load_model(saved, device="cpu").tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(DistillError, match="does not load the teacher in memory"):
+        run(teacher_name=str(tmp_path))
+    assert same(before, weights(student))
+
+
+def test_one_that_is_not_finite_in_processes_is_that_error(saved):
+    student, teacher = loaded_pair(saved, "float32")
+    wild = replace(SPREAD, learning_rate=1e30, clip=None, warmup=0.0)
+    with pytest.raises(NotFiniteError, match="stopped being finite at step"):
+        list(processes.distill_steps(student, teacher, rows(), wild, gap=1, processes=2, teacher_name=str(saved)))

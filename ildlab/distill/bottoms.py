@@ -31,7 +31,6 @@ class BottomStore:
 
     def at(self, name: str, rows: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Hidden states [B, T, d] of these rows [B]: on the CPU where all are kept, else made, and kept."""
-        rows = rows.cpu()  # DDP moves its inputs to the device
         if bool(self.filled[name][rows].all()):
             return self.states[name][rows]  # [rows, T, d] -> [B, T, d]
         hidden = make()

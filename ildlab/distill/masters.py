@@ -51,6 +51,13 @@ class Masters:
             master.grad = param.grad.float() if master.grad is None else master.grad.add_(param.grad)
             param.grad = None
 
+    def sum_gradients(self) -> None:
+        """Add up the masters' gradients over all processes."""
+        for master in self.tensors:
+            if master.grad is None:  # here no token reached it (an expert), elsewhere one may have
+                master.grad = torch.zeros_like(master)
+            torch.distributed.all_reduce(master.grad)
+
     def clear(self) -> None:
         """Forget the gradients."""
         for master in self.tensors:

@@ -1,4 +1,4 @@
-"""The same distillation in several processes: one a GPU, or several on a CPU, under accelerate's launcher.
+"""The same distillation in several processes: one a GPU, or several on a CPU, under torchrun and accelerate.
 
 The parent writes to a temporary folder what a worker cannot load by the teacher's name (`given.safetensors`, `plan.json`)
 and follows the metrics. Each worker builds teacher and student from it and takes the steps of `ildlab.distill.train`;
@@ -76,7 +76,7 @@ def distill_steps(
         metrics.unlink(missing_ok=True)  # written anew; a checkpoint holds the records of the steps before it
         _give(folder, student, teacher, plan, {**files, "metrics_path": str(metrics), "teacher": str(teacher_name)})
         history: list[dict] = []
-        job = _launch(folder, processes, cuda=teacher.device.type == "cuda")
+        job = _launch(folder, processes)
         try:
             ended = False
             while not ended:
@@ -142,10 +142,10 @@ def _pruned(teacher: LayerStack, layer_ids: Sequence[int]) -> LayerStack:
     return student
 
 
-def _launch(folder: Path, processes: int, cuda: bool) -> subprocess.Popen:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu" if cuda else "--cpu"]
-    command += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", "--main_process_port", "0", "-m", "ildlab.distill.processes", str(folder)]
+def _launch(folder: Path, processes: int) -> subprocess.Popen:
+    # torchrun, on which accelerate's own launcher stands too; with --cpu, that one would start a single process.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "ildlab.distill.processes", str(folder)]
     with open(folder / "log", "wb") as log:
         # A session of its own: an interrupt of a notebook's cell reaches the parent alone, which then ends all.
         return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)

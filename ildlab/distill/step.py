@@ -1,6 +1,5 @@
-"""One micro-batch of distillation: both decoders and the loss in one module's forward.
+"""One micro-batch of distillation: both decoders and the loss.
 
-DDP wraps this module, so that gradients of the trained layers are averaged as the backward pass runs.
 The bottom layers that teacher and student share run once for both, and nothing below the lowest trained
 layer builds a graph. Below, B is sequences, T their tokens, P sampled positions, d the width of a hidden state.
 """
@@ -13,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ildlab.distill.batches import Counts, has_next, token_counts
 from ildlab.distill.bottoms import BottomStore
@@ -30,7 +29,7 @@ from ildlab.text.rows import Rows
 BOTTOM_BYTES = 2**30  # most memory for the hidden states of frozen bottom layers; more text runs them in every epoch
 
 
-class DistillStep(nn.Module):
+class DistillStep:
     """The loss of a student against its teacher on one micro-batch.
 
     Parameters
@@ -52,10 +51,7 @@ class DistillStep(nn.Module):
         points: Sequence[int],
         config: DistillConfig,
     ):
-        super().__init__()
         self.student, self.teacher, self.config = student, teacher, config
-        # Only what trains is registered: DDP looks at nothing else.
-        self.layers = nn.ModuleList(student.layers[student.position(i)] for i in trained)
         self.first = student.position(trained[0])
         self.prefix = min(shared_prefix(student, teacher), self.first)
         last = student.layer_ids[-1]
@@ -75,7 +71,7 @@ class DistillStep(nn.Module):
         if names and rows * block * width * len(names) * dtype.itemsize <= BOTTOM_BYTES:
             self.bottoms = BottomStore(rows, block, width, names, dtype)
 
-    def forward(
+    def __call__(
         self, batch: Batch, counts: Counts, positions: Tensor | None = None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss and statistics of a micro-batch.

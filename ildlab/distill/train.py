@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -93,19 +92,19 @@ def distill_steps(
         The loss or its gradient stopped being finite (the message says where, and what to try).
     """
     plan = Plan.of(student, teacher, blocks, config, gap)
-    accelerator = _accelerator(student.device)
-    plan.check_processes(accelerator.num_processes)
+    state = _processes(student.device)
+    plan.check_processes(state.num_processes)
     name = identity(student, teacher, plan.text.fingerprint, plan.config, plan.trained, plan.gaps)
     resumed = load_checkpoint(checkpoint, name) if checkpoint else None
     student.model.requires_grad_(False)
     teacher.model.requires_grad_(False)
     student.own(plan.trained)
     try:
-        trainer = Trainer(student, teacher, plan, accelerator)
+        trainer = Trainer(student, teacher, plan, state)
         if resumed:
             resumed.restore(trainer.masters, trainer.optimizer)
             trainer.take_up(resumed.history, resumed.seconds)
-        writes = accelerator.is_main_process
+        writes = state.is_main_process
         if metrics_path and writes:
             write_atomic(metrics_path, "".join(json.dumps(r) + "\n" for r in trainer.history))
         saved = time.perf_counter()
@@ -192,18 +191,17 @@ class Trainer:
     student, teacher : LayerStack
         The student's trained layers hold weights of their own.
     plan : Plan
-    accelerator : Accelerator
+    state : PartialState
+        accelerate's word for which of how many processes this is.
     """
 
-    def __init__(self, student: LayerStack, teacher: LayerStack, plan: Plan, accelerator):
-        self.plan, self.accelerator = plan, accelerator
+    def __init__(self, student: LayerStack, teacher: LayerStack, plan: Plan, state):
+        self.plan, self.state = plan, state
         self.masters = Masters(student, plan.trained)
-        self.module = DistillStep(student, teacher, plan.trained, plan.points, plan.config)
+        self.loss = DistillStep(student, teacher, plan.trained, plan.points, plan.config)
         rows, block = plan.text.tokens.shape
         if plan.steps * plan.config.batch_size > rows:  # more than one pass over the text
-            self.module.keep_bottoms(rows, block)
-        alone = accelerator.num_processes == 1
-        self.run = self.module if alone else accelerator.prepare_model(self.module, device_placement=False)
+            self.loss.keep_bottoms(rows, block)
         self.optimizer = torch.optim.AdamW(
             self.masters.groups(plan.config.weight_decay),
             lr=plan.config.learning_rate,
@@ -264,33 +262,30 @@ class Trainer:
             Loss, divergence, cross entropy, agreeing tokens, the distance at each point, and the squared norms of
             the gradients that divergence and hidden states send into the student.
         """
-        world, module = self.accelerator.num_processes, self.module
-        parts = batch.parts(self.accelerator.process_index, world, self.plan.config.micro_batch)
-        module.squares.zero_()
+        squares = self.loss.squares.zero_()
         sums: Tensor | float = 0.0
-        for part in parts:
+        for part in batch.parts(self.state.process_index, self.state.num_processes, self.plan.config.micro_batch):
             rows = batch.rows[part]  # [B]
             positions = batch.positions[part] if batch.positions is not None else None  # [B, P]
-            last = part is parts[-1]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.run):
-                loss, stats = self.run(self.plan.text.batch(rows), batch.counts, positions, rows)
-                # DDP averages over processes, while the loss is divided by the global count: hence `world`.
-                (loss * world).backward()
-            # Between processes, DDP reduces what the micro-batches left in the weights' own gradients.
-            if world == 1 or last:
-                self.masters.gather()
+            loss, stats = self.loss(self.plan.text.batch(rows), batch.counts, positions, rows)
+            loss.backward()
+            self.masters.gather()
             sums = sums + torch.cat([loss.detach()[None], stats.detach()])  # [1] + [3 + points]
-        sums = torch.cat([sums, module.squares.to(sums) / world**2])  # [4 + points] + [2]
-        return self.accelerator.reduce(sums, "sum") if world > 1 else sums
+        sums = torch.cat([sums, squares.to(sums)])  # [4 + points] + [2]
+        if self.state.num_processes > 1:
+            # Each loss is divided by the tokens of the whole batch, so gradients add up. In fp32, and once a step: DDP would
+            # add micro-batches and processes in the model's own dtype, and a bf16 model would follow another curve.
+            self.masters.sum_gradients()
+            torch.distributed.all_reduce(sums)
+        return sums
 
 
-def _accelerator(device: torch.device):
-    from accelerate import Accelerator
+def _processes(device: torch.device):
+    from accelerate import PartialState
     from accelerate.state import is_initialized
 
-    # Dtypes are ours to choose (fp32 masters), so accelerate's autocast stays out. Only the first accelerator in a
-    # process may ask for the CPU; later ones share its state, and place nothing anyway.
-    return Accelerator(cpu=device.type == "cpu" and not is_initialized(), mixed_precision="no")
+    # Only the first to ask in a process may say that it means the CPU; later ones share its state.
+    return PartialState(**({"cpu": True} if device.type == "cpu" and not is_initialized() else {}))
 
 
 def learning_rate(config: DistillConfig, step: int, total: int) -> float:
