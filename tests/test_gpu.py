@@ -40,7 +40,7 @@ def test_scores(both, blocks, metric):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"kl_positions": 8}, {"fused": False}])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"kl_positions": 8}])
 def test_distillation(both, blocks, options):
     config = DistillConfig(tokens=6 * 4 * 64, learning_rate=1e-3, **options)
     found = []

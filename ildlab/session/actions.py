@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ildlab.distill.config import DistillConfig, match_points, resolve_scope
-from ildlab.distill.masters import decisive
+from ildlab.distill.checkpoint import decisive
+from ildlab.distill.config import DistillConfig
+from ildlab.distill.scope import match_points, resolve_scope
 from ildlab.distill.train import distill_steps
 from ildlab.errors import DistillError, FileError, JournalError, NotFiniteError, SessionError
 from ildlab.evaluate.text_quality import Evaluation, evaluate_steps
@@ -78,7 +79,6 @@ def _distill(session: PruningSession, config: DistillConfig, text: str | None, g
     seed = session._seed() if config.seed is None else config.seed
     config = replace(config, seed=seed)
     # All that can be wrong is found out before anything of an interrupted distillation is set aside.
-    config.check()
     match_points(config, session.student, resolve_scope(config.scope, session.student, gap))
     changed = [step.step for step in session.path if step.action in CHANGES_STUDENT]
     checkpoint = _checkpoint_of(session.folder / "checkpoint", changed, config, text, gap)

@@ -82,7 +82,7 @@ class SessionConfig:
         if isinstance(settings.get("distill"), DistillConfig):
             settings = {**settings, "distill": settings["distill"].to_dict()}
         config = cls(teacher=teacher, **settings)
-        DistillConfig.from_dict(config.distill).check()
+        DistillConfig.from_dict(config.distill)
         check_options(config.metric, config.measure)
         if config.suite is not None:
             load_suite(config.suite)
