@@ -138,7 +138,7 @@ def test_disk_full_while_writing_weights(run, monkeypatch):
 
 
 def test_nan_never_reaches_the_journal(run):
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(JournalError, match="NaN"):
         run.append("evaluate", layer_ids=[0], result={"kl": float("nan")})
     assert len((run.folder / "journal.jsonl").read_text().splitlines()) == 1
 

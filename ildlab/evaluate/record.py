@@ -81,6 +81,11 @@ class Evaluation:
         """1 - student/teacher aggregate, as in the paper; None without a suite."""
         return None if self.suite is None else self.quality_loss_estimate().value
 
+    @property
+    def loss(self) -> float:
+        """Share of quality lost: `quality_loss`, or without a suite 1 - teacher's perplexity / student's."""
+        return 1 - self.teacher_perplexity / self.perplexity if self.suite is None else self.quality_loss
+
     def quality_loss_estimate(self, *, corrected: bool = False) -> Estimate:
         """Quality loss with its bootstrap interval; `corrected` for chance or as in the paper."""
         if self.suite is None:
@@ -105,9 +110,9 @@ class Evaluation:
         return cls(**values)
 
     def teacher_record(self) -> dict[str, Any]:
-        """Return the teacher's figures alone, to pass to the next evaluation as `teacher_record`."""
-        record = {k: v for k, v in self.to_dict().items() if k.startswith("teacher_")}
-        return {**record, "text": self.text}
+        """Return the teacher's scores, to pass to the next evaluation as `teacher_record`."""
+        record = self.to_dict()
+        return {name: record[name] for name in ("teacher_suite", "teacher_canaries")}
 
     def summary(self) -> list[tuple[str, str, str]]:
         """Rows (what, student, teacher) for a table."""
