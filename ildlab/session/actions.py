@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,17 +47,11 @@ def measure_steps(run: Run, metric: str | None = None, **options: Any) -> Work[L
     if by_task:
         options.setdefault("suite", run.config.suite)
     with run.acting("measure"):
-        started = time.perf_counter()
         blocks, teacher = (None, None) if by_task else (run.text("calibration"), run.teacher)
         needs = {"tokenizer": run.tokenizer} if by_task else {}
         scores = yield from score_steps(run.student, blocks, metric, teacher, seed=seed, **options, **needs)
-        run.append(
-            "measure",
-            args={"metric": metric, **options},
-            result={"scores": scores.to_dict()} | ({} if by_task else {"text": text_record(blocks)}),
-            seed=seed,
-            seconds=time.perf_counter() - started,
-        )
+        found = {"scores": scores.to_dict()} | ({} if by_task else {"text": text_record(blocks)})
+        run.append("measure", args={"metric": metric, **options}, result=found, seed=seed)
     return scores
 
 
@@ -153,21 +146,19 @@ def distill_steps(
         processes = run.config.processes if processes is None else processes
         if processes < 1:
             raise SessionError(f"processes={processes}: at least 1 distills.")
-        gap = _open_gap(run) if gap is None else _removed_before(run, gap)
+        gap = _open_gap(run) if gap is None else list(gap)
+        if not gap or set(gap) - set(run.removed):
+            raise SessionError(f"gap={gap}: give layers that were removed so far: {run.removed or 'none yet'}.")
         trained = resolve_scope(config.scope, run.student, gap)
         match_points(config, run.student, trained)
-        blocks, started = run.text("train", text, config.tokens), time.perf_counter()
+        blocks = run.text("train", text, config.tokens)
         checkpoint = _checkpoint_of(run, config, text, gap)
 
-        def commit(summary: dict[str, Any]) -> None:
-            run.commit(
-                "distill",
-                trained,
-                args={"config": config.to_dict(), "gap": gap, "trained": trained, "processes": processes},
-                result={"text": text_record(blocks), **summary},
-                seed=config.seed,
-                seconds=time.perf_counter() - started,
-            )
+        asked = {"config": config.to_dict(), "gap": gap, "trained": trained, "processes": processes}
+
+        def commit(**found: Any) -> None:
+            found["text"] = text_record(blocks)
+            run.commit("distill", trained, args=asked, result=found, seed=config.seed)
 
         work, done = _training(run, blocks, config, gap, processes, checkpoint), 0
         try:
@@ -180,7 +171,7 @@ def distill_steps(
         except GeneratorExit:
             work.close()
             if done > 0:
-                commit({"stopped_at": done})
+                commit(stopped_at=done)
                 checkpoint.unlink(missing_ok=True)  # what it holds is journaled now
             raise
         except BaseException as error:
@@ -189,7 +180,7 @@ def distill_steps(
             if isinstance(error, NotFiniteError):  # the journal keeps why, for `diagnose`
                 run.append("failed", args={"action": "distill"}, result={"error": str(error)}, seed=config.seed)
             raise
-        commit({"tokens": result.tokens, "last": result.history.iloc[-1].to_dict()})
+        commit(tokens=result.tokens, last=result.history.iloc[-1].to_dict())
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
     return result
 
@@ -222,16 +213,6 @@ def _open_gap(run: Run) -> list[int]:
     return gap
 
 
-def _removed_before(run: Run, gap: Sequence[int]) -> list[int]:
-    unknown = sorted(set(gap) - set(run.removed))
-    if unknown or not gap:
-        raise SessionError(
-            f"gap={list(gap)}: give layers that were removed. {unknown or 'None'} of them was; "
-            f"removed so far: {run.removed or 'none'}."
-        )
-    return list(gap)
-
-
 def _checkpoint_of(run: Run, config: DistillConfig, text: str | None, gap: list[int]) -> Path:
     """File for the checkpoints of this very distillation: another one's, of other settings, stays where it is."""
     changed = [step.step for step in run.path if step.action in CHANGES_STUDENT]
@@ -262,7 +243,7 @@ def evaluate_steps(
     # Perplexity and even the aggregate can look fine while copying has collapsed.
     options.setdefault("canaries", True)
     with run.acting("evaluate"):
-        blocks, started = run.text("eval"), time.perf_counter()
+        blocks = run.text("eval")
         teacher = teacher_evaluation(run, suite)
         found = yield from judge_steps(
             run.student,
@@ -283,12 +264,7 @@ def evaluate_steps(
             plain = yield from relabel(judge_steps(pruned, run.teacher, blocks, speed=False), "(never distilled) ")
             bare = {name: getattr(plain, name) for name in ("perplexity", "kl", "agreement")}
         told = {"evaluation": found.to_dict(), "undistilled": bare, "loss": found.loss, "aggregate": found.aggregate}
-        run.append(
-            "evaluate",
-            args={"suite": suite},
-            result=told | {"text": text_record(blocks)},
-            seconds=time.perf_counter() - started,
-        )
+        run.append("evaluate", args={"suite": suite}, result=told | {"text": text_record(blocks)})
     return found
 
 

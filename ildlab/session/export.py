@@ -7,9 +7,7 @@ moved to where it was asked for.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,20 +24,10 @@ from ildlab.session.tables import history_table
 
 
 def export_student(run: Run, path: str | Path) -> Path:
-    """Write today's student as a plain Hugging Face checkpoint, prove it by loading it again, and journal the verdict."""
-    with run.acting("export"):
-        started = time.perf_counter()
-        where, verdict = write_checkpoint(run, path)
-        result = {"verdict": str(verdict), **asdict(verdict)}
-        run.append("export", args={"path": str(path)}, result=result, seconds=time.perf_counter() - started)
-    return where
+    """Write today's student as a plain Hugging Face checkpoint, prove it by loading it again, and journal the verdict.
 
-
-def write_checkpoint(run: Run, path: str | Path) -> tuple[Path, Verdict]:
-    """Write today's student to a new or empty folder that `AutoModelForCausalLM.from_pretrained` loads.
-
-    It then holds safetensors, config, generation config, tokenizer, `README.md` (a model card) and `ildlab.json` (what
-    was removed and measured).
+    The folder, new or empty, then holds safetensors, config, generation config, tokenizer, `README.md` (a model card)
+    and `ildlab.json` (what was removed and measured).
 
     Raises
     ------
@@ -54,32 +42,34 @@ def write_checkpoint(run: Run, path: str | Path) -> tuple[Path, Verdict]:
             "Weights of the student are offloaded (device_map), so that it cannot be saved from here: open the run with its "
             "teacher loaded without device_map, and export then."
         )
-    scratch = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        exact = save(run.student, run.tokenizer, scratch, run.weights_dtype, teacher=run.config.teacher)
-        verdict = examine(scratch, run.student, run.tokenizer, exact=exact)
-        (scratch / "README.md").write_text(model_card(run, verdict), encoding="utf-8")
-        facts = {
-            "teacher": run.config.teacher,
-            "fingerprint": run.journal.config["fingerprint"],
-            "removed": run.removed,
-            "layer_ids": run.student.layer_ids,
-            "steps": [asdict(step) for step in run.path if step.action in ("remove", "distill", "evaluate")],
-        }
-        (scratch / "ildlab.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        scratch.chmod(0o755)
-        scratch.rename(target)
-        scratch = None
-    except OSError as error:
-        raise disk_error(target, error) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return target, verdict
+    with run.acting("export"):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+                whole = Path(scratch) / "checkpoint"
+                verdict = _write(run, whole)
+                if target.exists():
+                    target.rmdir()
+                whole.rename(target)
+        except OSError as error:
+            raise disk_error(target, error) from error
+        run.append("export", args={"path": str(path)}, result={"verdict": str(verdict), **asdict(verdict)})
+    return target
+
+
+def _write(run: Run, folder: Path) -> Verdict:
+    exact = save(run.student, run.tokenizer, folder, run.weights_dtype, teacher=run.config.teacher)
+    verdict = examine(folder, run.student, run.tokenizer, exact=exact)
+    (folder / "README.md").write_text(model_card(run, verdict), encoding="utf-8")
+    facts = {
+        "teacher": run.config.teacher,
+        "fingerprint": run.journal.config["fingerprint"],
+        "removed": run.removed,
+        "layer_ids": run.student.layer_ids,
+        "steps": [asdict(step) for step in run.path if step.action in ("remove", "distill", "evaluate")],
+    }
+    (folder / "ildlab.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return verdict
 
 
 def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teacher: str) -> bool:

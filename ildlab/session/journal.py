@@ -91,7 +91,11 @@ class Journal:
         except OSError as error:
             raise disk_error(folder, error) from error
         journal = cls(folder, config, _acquire(folder))
-        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        try:
+            write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
     @classmethod

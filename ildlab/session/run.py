@@ -6,6 +6,7 @@ It is what the steps of the method, the loop, tables and export act on; `Pruning
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ class Run:
         self.config = SessionConfig(**{k: v for k, v in journal.config["settings"].items() if k in known})
         self.loaded, self.tokenizer, self.teacher = loaded, loaded.tokenizer, teacher
         self._text: dict[tuple, TextBlocks] = {}
-        self._action, self._busy = "", threading.Lock()
+        self._busy, self._action, self._began = threading.Lock(), "", 0.0
         self.student = self.student_at(journal.head.step)
 
     # ------------------------------------------------------- making, opening
@@ -248,15 +249,16 @@ class Run:
                 f"Cannot {action} now: the session is in the middle of {self._action}. Let it end, or stop it first "
                 "(a generator such as distill_steps() is stopped by its close())."
             )
-        self._action = action
+        self._action, self._began = action, time.perf_counter()
         try:
             yield
         finally:
             self._busy.release()
 
     def append(self, action: str, **fields: Any) -> Step:
-        """Journal a step that leaves the student as it is; `fields` as in `Journal.append`."""
-        return self.journal.append(action, layer_ids=self.student.layer_ids, **fields)
+        """Journal a step of today's student; `fields` as in `Journal.append`, `seconds` those of the action in hand."""
+        seconds = time.perf_counter() - self._began if self._busy.locked() else 0.0
+        return self.journal.append(action, layer_ids=self.student.layer_ids, seconds=seconds, **fields)
 
     def commit(self, action: str, changed: Sequence[int], **fields: Any) -> Step:
         """Journal a step that changed the weights of some layers, rounded to what is stored."""
