@@ -83,14 +83,14 @@ def test_a_run_goes_on_only_with_its_own_settings(loaded, text_file, tmp_path):
         return compare_steps(tmp_path, loaded, remove=1, methods=[name], **{**settings, **changes})
 
     # Stopped in the middle of its distillation: what was trained so far is no whole distillation.
-    work = run(train_tokens=4096)
+    work = run(train_tokens=1024)
     with PruningSession.create(
         tmp_path / name,
         loaded,
         metric="block_influence",
         suite="mini7@1",
         text=str(text_file),
-        **{**{k: v for k, v in SETTINGS.items() if k not in ("suite", "evaluate_every")}, "train_tokens": 4096},
+        **{**{k: v for k, v in SETTINGS.items() if k not in ("suite", "evaluate_every")}, "train_tokens": 1024},
     ) as session:
         session.measure()
         session.remove()
@@ -101,7 +101,7 @@ def test_a_run_goes_on_only_with_its_own_settings(loaded, text_file, tmp_path):
     with PruningSession.open(tmp_path / name, loaded) as session:
         found = ["stopped_at" in step.result for step in session.path if step.action == "distill"]
     assert found == [True, False]
-    with pytest.raises(SessionError, match="train_tokens was 4096, now 128"):
+    with pytest.raises(SessionError, match="train_tokens was 1024, now 128"):
         drive(run(train_tokens=128))
 
 

@@ -10,9 +10,9 @@ from IPython.display import HTML, display
 from matplotlib.axes import Axes
 
 from ildlab import plots
-from ildlab.importance.hidden_states import logit_lens, redundancy
 from ildlab.importance.config import ONE_PASS
 from ildlab.importance.dispatch import measure
+from ildlab.importance.hidden_states import logit_lens, redundancy
 from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
 from ildlab.widgets.strip import Strip
