@@ -112,7 +112,7 @@ def test_real_model_bit_for_bit(teacher):
             assert torch.equal(ours, theirs)
         assert torch.equal(teacher.model.model.norm(states[30]), reference[30])
         positions = torch.tensor([1, 3])
-        assert torch.allclose(stack.logits(states[30], positions), want[:, positions], atol=1e-4)
+        assert torch.allclose(stack.logits(states[30][:, positions]), want[:, positions], atol=1e-4)
 
 
 def test_padding_is_replayed(teacher):
@@ -221,6 +221,24 @@ def passes(monkeypatch, model) -> list[int]:
     forward = type(model).forward
     monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: seen.append(1) or forward(self, *a, **k))
     return seen
+
+
+def test_the_final_state_alone_is_held(tiny, monkeypatch):
+    """All of h[0..L] at one time would be the depth's worth of memory."""
+    import gc
+
+    stack = LayerStack(tiny(6))
+    most = []
+
+    def counted(position, hidden, trunk, run=stack.run):
+        out = run(position, hidden, trunk)
+        most.append(sum(type(o) is torch.Tensor and o.shape == (1, 11, 32) for o in gc.get_objects()))
+        return out
+
+    monkeypatch.setattr(stack, "run", counted)
+    before = sum(type(o) is torch.Tensor and o.shape == (1, 11, 32) for o in gc.get_objects())
+    stack.final(torch.arange(11)[None])
+    assert max(most) - before <= 4  # the embedding's output, a layer's input and its output
 
 
 def test_a_share_is_not_proven_again(tiny, monkeypatch):

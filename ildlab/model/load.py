@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ildlab.errors import ModelError
+from ildlab.errors import ModelError, first_line
 from ildlab.files import cache_dir
 
 BUNDLED = "smollm2-135m"
@@ -223,7 +223,7 @@ def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> L
             "and give that folder; a gated model needs `hf auth login`; ildlab reads only safetensors and GGUF, and "
             "never runs code that comes with a model."
         )
-        raise ModelError(f"Could not load {name!r} ({where}): {str(error).splitlines()[0]}\n{hint}") from error
+        raise ModelError(f"Could not load {name!r} ({where}): {first_line(error)}\n{hint}") from error
     return LoadedModel(model, tokenizer, name)
 
 
@@ -235,7 +235,7 @@ def _from_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
-        raise ModelError(f"Could not read {path} as GGUF: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"Could not read {path} as GGUF: {first_line(error)}") from error
     # transformers marks the model as quantised, which forbids .to() and saving it plainly: build it
     # anew from its config and weights.
     config = quantised.config

@@ -179,37 +179,30 @@ class LayerStack:
 
     def final(self, batch: Batch | Trunk) -> Tensor:
         """h[L] alone, [B, T, d], pre-norm."""
-        *_, last = self.walk(batch)
+        for last in self.walk(batch):
+            pass  # one at a time: a list of all would hold the whole depth in memory
         return last
 
-    def logits(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits of a final hidden state, through the model's own norm, head, soft-cap and scaling.
 
         Parameters
         ----------
         hidden : Tensor [..., d]
             Pre-norm hidden state h[L].
-        positions : Tensor [P] or [B, P] of int64, optional
-            Only these positions of a `hidden` [B, T, d]: the result is [B, P, V].
 
         Returns
         -------
         Tensor [..., V], in the model's dtype. Gradients flow to `hidden`.
         """
-        if positions is not None:
-            if positions.dim() == 1:
-                hidden = hidden[:, positions]
-            else:
-                hidden = hidden.gather(1, positions[..., None].expand(-1, -1, hidden.shape[-1]))
-        shape = hidden.shape[:-1]
         # A batch of single tokens, so that no attention mask between them is ever built.
-        flat = hidden.reshape(-1, 1, hidden.shape[-1])
+        flat = hidden.reshape(-1, 1, hidden.shape[-1])  # [..., d] -> [N, 1, d]
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=self.device)
         stub = Stub(self.layers[0], self._tuple_out)
         stub.hidden = flat
         with self._stack_replaced(nn.ModuleList([stub])):
             out = self.model(input_ids=ids, use_cache=False).logits
-        return out.reshape(*shape, out.shape[-1]).to(self.device)  # [N, 1, V] -> [..., V]
+        return out.reshape(*hidden.shape[:-1], out.shape[-1]).to(self.device)  # [N, 1, V] -> [..., V]
 
     # ------------------------------------------------------ skipping, removing
 
