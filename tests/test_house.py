@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "ildlab"
@@ -87,6 +88,18 @@ def test_only_widgets_import_widgets_and_only_figures_draw():
         assert (
             "import matplotlib" not in text and "from matplotlib" not in text or room(module) in ("plots", "widgets")
         ), module
+
+
+def test_notebooks_import_rooms_and_no_deeper():
+    rooms = {"ildlab"} | {f"ildlab.{each.name}" for each in PACKAGE.iterdir() if (each / "__init__.py").is_file()}
+    for path in sorted((PACKAGE.parent / "notebooks").rglob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] != "code":
+                continue
+            code = "".join(cell["source"])
+            for node in ast.walk(ast.parse(code)):
+                if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "ildlab":
+                    assert node.module in rooms, f"{path.name}: {ast.unparse(node)}"
 
 
 def test_files_and_functions_are_short():

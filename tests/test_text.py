@@ -483,3 +483,13 @@ def test_a_damaged_gzip_file_is_named(teacher, tmp_path):
     (tmp_path / "rows.jsonl.gz").write_bytes(data)
     with pytest.raises(TextError, match="rows.jsonl.gz"):
         load_text(tmp_path / "rows.jsonl.gz", teacher.tokenizer, block=16)
+
+
+def test_the_first_blocks(teacher):
+    text = load_text("teacher-samples", teacher.tokenizer, block=16, tokens=16 * 6)
+    few = text.take(2)
+    assert len(few) == 2 and torch.equal(few.tokens, text.tokens[:2])
+    assert few.fingerprint != text.fingerprint and few.source == text.source
+    for count in (0, 7):
+        with pytest.raises(TextError, match="take from 1 to 6"):
+            text.take(count)

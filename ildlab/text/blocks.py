@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, replace, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,19 @@ class TextBlocks:
     def __len__(self) -> int:
         """Return the number of blocks."""
         return self.tokens.shape[0]
+
+    def take(self, n_blocks: int) -> TextBlocks:
+        """Return the first `n_blocks` blocks; nothing is copied.
+
+        Raises
+        ------
+        TextError
+            There are fewer, or `n_blocks` is below 1.
+        """
+        if not 1 <= n_blocks <= len(self):
+            raise TextError(f"take({n_blocks}): this text has {len(self)} blocks; take from 1 to {len(self)}.")
+        tokens = self.tokens[:n_blocks]
+        return replace(self, tokens=tokens, fingerprint=_fingerprint(tokens))
 
     def __repr__(self) -> str:
         opened = f", each opened by BOS {', '.join(map(str, self.bos))}" if self.bos else ""
