@@ -14,7 +14,8 @@ from ildlab.files import data_dir
 from ildlab.progress import drive
 from ildlab.text import teacher_text
 from ildlab.text.blocks import load_text
-from ildlab.text.teacher_text import main, prompts, sample_steps
+from ildlab.text.teacher_text import prompts, sample_steps
+from tools.sample_teacher import main
 
 
 @pytest.fixture

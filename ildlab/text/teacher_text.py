@@ -1,26 +1,22 @@
 """Training text that a teacher writes itself, for a student where no other is at hand.
 
-`python -m ildlab.text.teacher_text MODEL OUT.jsonl.gz --tokens 300000`: openings and questions of
-`data/teacher_samples/seeds.json` become prompts, the model goes on with each, and each row is a document.
+Openings and questions of `data/teacher_samples/seeds.json` become prompts, the model goes on with each, and each row
+is a document. `tools/sample_teacher.py` writes them to a file.
 """
 
 from __future__ import annotations
 
-import argparse
-import gzip
 import itertools
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from ildlab.errors import TextError
-from ildlab.files import data_dir, write_atomic
-from ildlab.model.load import load_model
+from ildlab.files import data_dir
 from ildlab.progress import Progress, Work
 from ildlab.text.blocks import opening_ids
 
@@ -100,22 +96,3 @@ def _continued(model, tokenizer, batch: list[list[int]], length: int, seed: int)
     # What follows an answer's end is filling.
     ends = [row.index(end, width) if end in row[width:] else len(row) for row in out]
     return [row[n:stop] for row, n, stop in zip(out, fill, ends)]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Sample from a model and write the texts, `{"text": ...}` a line; the bytes depend on the texts alone."""
-    parser = argparse.ArgumentParser(prog="python -m ildlab.text.teacher_text", description=main.__doc__)
-    parser.add_argument("model", help="smollm2-135m, a folder, a .gguf file or a Hub id")
-    parser.add_argument("out", type=Path, help="a .jsonl.gz file")
-    for name, default in {"tokens": 300_000, "rows": 32, "length": 256, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    given = vars(parser.parse_args(argv))
-    loaded, out = load_model(given.pop("model")), given.pop("out")
-    for progress in sample_steps(loaded.model, loaded.tokenizer, **given):  # written after each: it may take an hour
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in progress.partial)
-        write_atomic(out, gzip.compress(lines.encode("utf-8", "replace"), mtime=0))
-        print(f"{progress.done:,} of {progress.total:,} tokens, {progress.note} in {out}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
