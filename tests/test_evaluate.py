@@ -85,7 +85,7 @@ def test_speed_is_measured_in_turns_every_time(pair, tokens, monkeypatch):
     monkeypatch.setattr(speed, "greedy", lambda model, *_, **__: order.append(model))
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))  # a turn of each takes a second
     # An earlier evaluation, perhaps of another machine, says nothing of today's speed.
-    again = evaluate(student, teacher, tokens, teacher_record=first)
+    again = evaluate(student, teacher, tokens, teacher_record=first.teacher_record())
     assert order == [student.model, teacher.model] * 4
     assert again.tokens_per_second == again.teacher_tokens_per_second == 24
     assert not any("per_second" in name for name in first.teacher_record())
@@ -125,7 +125,7 @@ def test_json_form_and_table(pair, tokens):
     found = evaluate(*pair, tokens, speed=False)
     assert Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert "perplexity" in found._repr_html_() and "<table" in found._repr_html_()
-    assert len(str(found).splitlines()) == 1 + len(found.summary())
+    assert len(str(found).splitlines()) == 1 + len(found.table)
     assert found.quality_loss is None and found.aggregate is None
     assert found.loss == 1 - found.teacher_perplexity / found.perplexity
 

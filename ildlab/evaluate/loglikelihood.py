@@ -21,13 +21,11 @@ from torch import Tensor
 
 from ildlab.errors import IldlabError, SuiteError
 from ildlab.evaluate.packing import Batch, Encoded, make_batches
+from ildlab.model.head import chunk_rows
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
 
 ENGINE = 3  # raise it when scoring changes, so that kept results are not mistaken for today's
-# At most so many positions have their logits at one time: in fp32 the product is what takes time, and is quickest
-# in large pieces; in bf16 and fp16 it is quick, and what follows wants the numbers in the CPU's cache.
-HEAD_CHUNK = {4: 384, 2: 96}
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Outcomes:
 
     @classmethod
     def empty(cls, encoded: Sequence[Encoded]) -> Outcomes:
-        """Outcomes to be filled batch by batch."""
+        """To be filled batch by batch."""
         length = np.array([len(e.continuation) for e in encoded], dtype=np.int64)
         return cls(np.full(len(encoded), np.nan), np.full(len(encoded), -1, dtype=np.int64), length)
 
@@ -152,8 +150,7 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
     best = torch.empty(len(wanted), dtype=torch.long, device=hidden.device)
     gold = torch.empty(len(batch.which), dtype=torch.float32, device=hidden.device)
     which, target = batch.which.to(hidden.device), batch.target.to(hidden.device)
-    chunk = HEAD_CHUNK.get(hidden.element_size(), 384) if hidden.device.type == "cpu" else 384
-    parts = -(-len(wanted) // chunk) or 1
+    parts = -(-len(wanted) // chunk_rows(stack)) or 1
     size = -(-len(wanted) // parts) or 1  # even parts: a few last positions would cost as much as many
     for start in range(0, len(wanted), size):
         # Of a model over several devices the logits may come back on another than the hidden state's.
@@ -217,7 +214,7 @@ def _try_tree(stack: LayerStack) -> bool:
     # The same with another first branch: attention leaves the others exactly as they were, while a
     # state that runs along the row (Mamba, convolutions) carries some of it over, however little.
     other = [Encoded(tuple(ids[:8]), tuple(ids[20:24])), *encoded[1:]]
-    found = []
+    found: list[np.ndarray] = []
     for requests, largest in ((encoded, 0), (encoded, 100), (other, 100)):
         outcomes = Outcomes.empty(requests)
         try:
