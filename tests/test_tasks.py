@@ -186,9 +186,9 @@ def test_scores_of_every_kind():
         assert choice.measure == f"accuracy_{normalise}"
     plain = ({"context": "x", "continuation": "y z"},) * 2
     outcomes = Outcomes(np.array([-2.0, -2.0]), np.array([1, 4]), np.array([4, 4]))
-    for kind, measure, want in (("copy", "prefix", [0.25, 1]), ("cloze", "exact", [0, 1])):
+    for kind, name, want in (("copy", "prefix", [0.25, 1]), ("cloze", "exact", [0, 1])):
         task = Task("k", kind, plain)
-        assert example_scores(task, [0, 1], outcomes).tolist() == want and task.measure == measure
+        assert example_scores(task, [0, 1], outcomes).tolist() == want and task.measure == name
 
 
 def test_few_shot_prompts_leave_out_the_row_itself():

@@ -52,14 +52,13 @@ class LmEvalSuite:
     names: tuple[str, ...]
     folder: Path | None = None
     limit: int | None = None
-
     swept = False
 
     def __post_init__(self):
         if unknown := set(self.names) - set(_manager(self.folder).all_tasks):
             raise SuiteError(
-                f"lm-eval {lm_eval.__version__} has no task {', '.join(sorted(unknown)) or '(no name was given)'}. "
-                "`lm-eval ls tasks` lists those that it has."
+                f"lm-eval {lm_eval.__version__} has no task {', '.join(sorted(unknown)) or '(no name was given)'}: "
+                "see `lm-eval ls tasks`."
             )
 
     @property
@@ -69,7 +68,7 @@ class LmEvalSuite:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of task names, limit, lm-eval's version, and the files that lie in the folder itself."""
+        """sha256 (hex) of task names, limit, lm-eval's version, and the files that lie in the folder."""
         digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__)).encode())
         for file in sorted(self.folder.iterdir()) if self.folder else ():
             if file.is_file() and file.suffix in TOLD:
@@ -85,9 +84,8 @@ class LmEvalSuite:
         yield Progress(0, 1, f"{self.name}: loading its data")
         with _in_words(self.name):
             tasks = load_tasks(self.names, self.folder, self.fingerprint)
-        run = find_executable_batch_size(
-            _samples, 8 if stack.device.type == "cpu" else 64
-        )  # less, where memory runs out
+        # Fewer, where memory runs out.
+        run = find_executable_batch_size(_samples, 8 if stack.device.type == "cpu" else 64)
         results, notes = {}, []
         for done, (name, task) in enumerate(tasks.items()):
             yield Progress(done, len(tasks), f"{name} (lm-eval shows its own progress)")
@@ -100,14 +98,11 @@ class LmEvalSuite:
                 notes.append(f"{name}: answers by the filter {filters[0]!r} of {', '.join(filters)}.")
             if cut := sum("runcat" in record.getMessage() for record in log.buffer):
                 notes.append(f"{name}: contexts were cut from the left to fit the window ({cut} warnings).")
-            results[name] = _result(name, [sample for sample in samples if sample["filter"] == filters[0]])
-            results[name].truncated = cut
+            results[name] = _result(name, [sample for sample in samples if sample["filter"] == filters[0]], cut)
         return SuiteResult(self.name, self.fingerprint, results, notes=notes)
 
 
-def _samples(
-    batch_size: int, stack: LayerStack, tokenizer: Any, name: str, task: Any, limit: int | None
-) -> list[dict]:
+def _samples(batch_size: int, stack: LayerStack, tokenizer: Any, name: str, task: Any, limit: int | None) -> list:
     """A dict for each document of a task, with its measures."""
     own = copy.deepcopy(tokenizer)  # it is given a padding token
     # On a CPU torch's fp32 log_softmax errs by some 1e-5 a token.
@@ -116,8 +111,8 @@ def _samples(
     return lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)["samples"][name]
 
 
-def _result(name: str, samples: list[dict]) -> TaskResult:
-    first, chance, more = samples[0], 0.0, {}
+def _result(name: str, samples: list[dict], cut: int) -> TaskResult:
+    first, chance, more = samples[0], 0.0, {"truncated": cut}
     known = [m for m in first["metrics"] if m == "bits_per_byte" or isinstance(first[m], (int, float, np.number))]
     measure = next((m for m in (*PREFERRED, *known) if m in known), None)
     if measure is None:
@@ -125,7 +120,8 @@ def _result(name: str, samples: list[dict]) -> TaskResult:
     values = np.array([sample[measure] for sample in samples], float)
     if measure == "bits_per_byte":  # each value is (log-likelihood in nats, bytes)
         nats, sizes = values.T
-        values, chance, more = -nats / sizes / math.log(2), 8.0, {"weights": sizes.tolist(), "direction": "lower"}
+        values, chance = -nats / sizes / math.log(2), 8.0
+        more |= {"weights": sizes.tolist(), "direction": "lower"}
     elif max(len(sample["arguments"]) for sample in samples) > 1:  # choices
         chance = float(np.mean([1 / len(sample["arguments"]) for sample in samples]))
     if not np.isfinite(values).all():
@@ -164,6 +160,5 @@ def _in_words(name: str) -> Iterator[BufferingHandler]:
         ) from error
     finally:
         logger.handlers, logger.propagate, logger.level = before
-        for record in log.buffer:
-            if record.levelno >= logging.ERROR:
-                logging.lastResort.handle(record)
+        for record in (each for each in log.buffer if each.levelno >= logging.ERROR):
+            logging.lastResort.handle(record)

@@ -15,25 +15,13 @@ from ildlab.evaluate.tasks import Task, example_scores, requests
 
 @dataclass
 class Plan:
-    """All requests of a suite in one list, so that batches mix tasks of like length.
-
-    Attributes
-    ----------
-    tasks : tuple of Task
-    encoded : list of Encoded
-    groups : list of int
-        The example that each request belongs to, counted through all tasks.
-    owners : list of list of int
-        For each task, the row of each of its requests.
-    truncated : dict of str to int
-        Examples of each task whose context was cut from the left to fit the window.
-    """
+    """All requests of a suite in one list, so that batches mix tasks of like length."""
 
     tasks: tuple[Task, ...]
     encoded: list[Encoded]
-    groups: list[int]
-    owners: list[list[int]]
-    truncated: dict[str, int]
+    groups: list[int]  # the example that each request belongs to, counted through all tasks
+    owners: list[list[int]]  # for each task, the row of each of its requests
+    truncated: dict[str, int]  # examples of each task whose context was cut from the left to fit the window
 
     @classmethod
     def of(cls, tasks: Sequence[Task], tokenizer: Any, length: int) -> Plan:

@@ -35,12 +35,8 @@ class Evaluation:
         Sizes; tied weights count once.
     tokens_per_second, teacher_tokens_per_second : float or None
         Greedy generation of one sequence with the KV cache, both measured in turns.
-    suite, teacher_suite : SuiteResult or None
-        Scores on tasks.
     canaries, teacher_canaries : SuiteResult or None
         Scores on cheap probes: copying, one-digit arithmetic, closing brackets.
-    seconds : float
-        Wall-clock time of the evaluation.
     """
 
     perplexity: float
@@ -78,14 +74,10 @@ class Evaluation:
         return None if self.suite is None else self.suite.aggregate
 
     @property
-    def quality_loss(self) -> float | None:
-        """1 - student/teacher aggregate, as in the paper; None without a suite."""
-        return None if self.suite is None else self.quality_loss_estimate().value
-
-    @property
     def loss(self) -> float:
-        """Share of quality lost: `quality_loss`, or without a suite 1 - teacher's perplexity / student's."""
-        return 1 - self.teacher_perplexity / self.perplexity if self.suite is None else self.quality_loss
+        """Share of quality lost, as in the paper; without a suite 1 - teacher's perplexity / student's."""
+        text = 1 - self.teacher_perplexity / self.perplexity
+        return text if self.suite is None else self.quality_loss_estimate().value
 
     def quality_loss_estimate(self, *, corrected: bool = False) -> Estimate:
         """Quality loss with its bootstrap interval; `corrected` for chance or as in the paper."""

@@ -23,7 +23,6 @@ import pandas as pd
 from ildlab.errors import SuiteError
 from ildlab.stats import interval, means, resamples
 
-
 SEED_STEP = 7919  # so that each task of a suite is resampled by draws of its own
 
 
@@ -55,7 +54,6 @@ class TaskResult:
 
     Attributes
     ----------
-    name, kind, measure : str
     values : list of float
         The measure, example by example.
     weights : list of float or None
@@ -63,7 +61,7 @@ class TaskResult:
     chance : float
         Score of a guesser; of a loss, that of a model that knows nothing.
     direction : {"higher", "lower"}
-        Whether a higher score is better.
+        Which scores are better.
     weight : float
         In the aggregate.
     truncated : int
@@ -125,11 +123,8 @@ class SuiteResult:
 
     Attributes
     ----------
-    name : str
     fingerprint : str
         Of the tasks and their rows: results compare only where it is the same.
-    tasks : dict of str to TaskResult
-    seconds : float
     notes : list of str
         What a person should know, such as contexts that did not fit the window.
     """
@@ -208,18 +203,8 @@ def html_table(table: pd.DataFrame, label: str, caption: str) -> str:
 def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False) -> Estimate:
     """Share of the teacher's aggregate that the student has lost, 1 - student / teacher, by a paired bootstrap.
 
-    Parameters
-    ----------
-    student, teacher : SuiteResult
-        Of the same suite.
-    corrected : bool
-        Use chance-corrected scores: a student that guesses has then lost all of it. The paper's own
-        form does not.
-
-    Returns
-    -------
-    Estimate
-        NaN where the teacher's *corrected* aggregate is not above 0: it guesses.
+    With `corrected` (for chance; the paper's own form is not) a student that guesses has lost all of it; NaN where
+    the teacher guesses too.
 
     Raises
     ------

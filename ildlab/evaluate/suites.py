@@ -35,19 +35,10 @@ from ildlab.text.blocks import tokenizer_fingerprint
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of tasks that are decided by log-likelihoods.
-
-    Attributes
-    ----------
-    name : str
-    tasks : tuple of Task
-    swept : bool
-        Whether an ablation sweep can score it.
-    """
+    """A named set of tasks that are decided by log-likelihoods, so that an ablation sweep can score it (`swept`)."""
 
     name: str
     tasks: tuple[Task, ...]
-
     swept = True
 
     def __post_init__(self):
@@ -101,14 +92,13 @@ def load_suite(suite: Any, *, limit: int | None = None) -> Any:
         - a `.yaml` file, of ours or of lm-eval's;
         - `"file:rows.jsonl"`, several with commas: each file is a task;
         - `"lm-eval:arc_easy,piqa"`: tasks of lm-eval (see `ildlab.evaluate.lm_eval`);
-        - any of these with `@n`, such as `"mini7@40"`: at most n rows a task.
+        - any of these with `@n`, such as `"mini7@40"`.
     limit : int, optional
         At most so many rows a task.
 
     Returns
     -------
     Suite or LmEvalSuite
-        Both have `name`, `fingerprint`, `swept`, `take(limit)` and `steps(stack, tokenizer)`.
 
     Raises
     ------
@@ -183,7 +173,8 @@ def _task(path: Path, number: int, spec: Any) -> Task:
     if not isinstance(spec, dict) or not {"name", "file"} <= spec.keys():
         raise SuiteError(f"{path.name}, task {number}: a task needs `name:` and `file:`.")
     where, settings = f"{path.name}, task {spec['name']!r}", {k: v for k, v in spec.items() if k != "file"}
-    if unknown := settings.keys() - {each.name for each in fields(Task)} | settings.keys() & {"rows", "shots"}:
+    unknown = settings.keys() - ({each.name for each in fields(Task)} - {"rows", "shots"})
+    if unknown:
         raise SuiteError(f"{where}: unknown setting {', '.join(sorted(map(str, unknown)))}.")
     if spec.get("kind", KINDS[0]) not in KINDS:
         raise SuiteError(f"{where}: kind {spec['kind']!r} does not exist; choose one of {', '.join(KINDS)}.")

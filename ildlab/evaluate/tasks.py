@@ -121,13 +121,7 @@ def pairs(task: Task, index: int) -> list[tuple[str, str]]:
 
 
 def requests(task: Task, tokenizer: Any, max_length: int) -> tuple[list[Encoded], list[int]]:
-    """All requests of a task as tokens, and the row that each belongs to.
-
-    Raises
-    ------
-    SuiteError
-        An answer that is longer than the model's window, or has no token; names the task.
-    """
+    """All requests of a task as tokens, and the row that each belongs to; a SuiteError of `encode` names the task."""
     asked = [pairs(task, index) for index in range(len(task.rows))]
     owner = [index for index, made in enumerate(asked) for _ in made]
     try:
@@ -158,13 +152,7 @@ _PLAIN = {"context": str, "continuation": str}
 
 
 def check_row(row: Any, where: str, kind: str | None = None) -> tuple[str, dict]:
-    """Check a row; return its kind (guessed by its fields, where none is given) and the fields that this kind has.
-
-    Raises
-    ------
-    SuiteError
-        Says what is wrong with the row, and where it stands.
-    """
+    """Check a row; return its kind (guessed by its fields, where none is given) and the fields that this kind has."""
     if not isinstance(row, dict):
         raise SuiteError(f"{where}: a row is a JSON object, not {type(row).__name__}.")
     if kind is None:
@@ -199,11 +187,7 @@ def _problems(row: dict, shape: dict[str, type]) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:
-    """Read and check a task file, one JSON object a line; the kind is guessed by the first row where none is given.
-
-    Returns
-    -------
-    kind, rows
+    """Read a task file, one JSON object a line: (kind, rows), the kind guessed by the first row where none is given.
 
     Raises
     ------
