@@ -117,8 +117,8 @@ def test_local_files_are_suites(tmp_path):
         ("tasks: [{name: a, file: q.jsonl, weigth: 2}]", "unknown setting weigth"),
         ("tasks: [{name: a, file: q.jsonl, kind: quiz}]", "kind 'quiz' does not exist"),
         ("tasks: [{name: a, file: absent.jsonl}]", "absent.jsonl cannot be read"),
-        ("tasks: [{name: a, file: q.jsonl, chance: 1/4}]", "'a': chance: '1/4' is not a number"),
-        ("tasks: [{name: a, file: q.jsonl, fewshot: 1.5}]", "'a': fewshot: 1.5 is not a whole number"),
+        ("tasks: [{name: a, file: q.jsonl, chance: 1/4}]", "'a': chance='1/4': it must be a number"),
+        ("tasks: [{name: a, file: q.jsonl, fewshot: 1.5}]", "'a': fewshot=1.5: it must be a whole number"),
         ("tasks: [{name: a, file: q.jsonl}, {name: a, file: q.jsonl}]", "different names"),
     ],
 )

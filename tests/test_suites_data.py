@@ -42,7 +42,7 @@ def test_suites_hold_what_they_promise():
 
 @pytest.mark.parametrize(("task", "rows"), [(t, r) for _, t, r in ALL], ids=by_name)
 def test_tasks_and_rows_are_well_formed(task, rows):
-    assert {"name", "kind", "file", "metric", "chance"} <= set(task)
+    assert {"name", "kind", "file", "chance"} <= set(task)
     keys = {"query", "choices", "gold"} if task["kind"] == "multiple_choice" else {"context", "continuation"}
     for row in rows:
         assert set(row) == keys

@@ -11,7 +11,7 @@ from ildlab.errors import MeasureError, SuiteError
 from ildlab.evaluate.loglikelihood import Outcomes, encode, largest_tree, score_steps
 from ildlab.evaluate.packing import Encoded, make_batches
 from ildlab.evaluate.suites import Suite, score_suite
-from ildlab.evaluate.tasks import Task, check_row, measures, pairs, read_jsonl, requests
+from ildlab.evaluate.tasks import Task, check_row, example_scores, pairs, read_jsonl, requests
 from ildlab.model.stack import LayerStack
 from ildlab.progress import drive
 
@@ -177,15 +177,18 @@ def test_sliding_windows_hold_for_rows_of_any_length(teacher):
         assert oracle(stack, one)[0] == pytest.approx(ll, abs=1e-4)
 
 
-def test_measures_of_every_kind():
-    choice = Task("c", "multiple_choice", ({"query": "q", "choices": ["aaaa", "b"], "gold": 0},), normalise="bytes")
-    found = measures(choice, [0, 0], Outcomes(np.array([-3.0, -1.0]), np.array([0, 1]), np.array([2, 1])))
-    assert found["accuracy_raw"][0] == 0 and found["accuracy_bytes"][0] == 1
-    assert choice.measure == "accuracy_bytes"
-    copy = Task("k", "copy", ({"context": "x", "continuation": "y z"},))
-    found = measures(copy, [0], Outcomes(np.array([-2.0]), np.array([1]), np.array([4])))
-    assert found["prefix"][0] == 0.25 and found["exact"][0] == 0
-    assert found["loglikelihood"][0] == -0.5
+def test_scores_of_every_kind():
+    rows = ({"query": "q", "choices": ["aaaa", "b"], "gold": 0}, {"query": "q", "choices": ["c", "d"], "gold": 1})
+    outcomes = Outcomes(np.array([-3.0, -1.0, -2.0, -1.0]), np.array([0, 1, 0, 1]), np.array([2, 1, 1, 1]))
+    for normalise, want in (("raw", [0, 1]), ("bytes", [1, 1])):
+        choice = Task("c", "multiple_choice", rows, normalise=normalise)
+        assert example_scores(choice, [0, 0, 1, 1], outcomes).tolist() == want
+        assert choice.measure == f"accuracy_{normalise}"
+    plain = ({"context": "x", "continuation": "y z"},) * 2
+    outcomes = Outcomes(np.array([-2.0, -2.0]), np.array([1, 4]), np.array([4, 4]))
+    for kind, name, want in (("copy", "prefix", [0.25, 1]), ("cloze", "exact", [0, 1])):
+        task = Task("k", kind, plain)
+        assert example_scores(task, [0, 1], outcomes).tolist() == want and task.measure == name
 
 
 def test_few_shot_prompts_leave_out_the_row_itself():
@@ -299,13 +302,11 @@ def test_bad_files_name_file_and_line(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kind": "quiz"}, "kind 'quiz' does not exist"),
-        ({"metric": "exact"}, "has no metric 'exact'"),
-        ({"normalise": "words"}, "neither raw nor bytes"),
+        ({"kind": "quiz"}, "'t': kind='quiz': it must be one of 'multiple_choice', 'cloze', 'copy'"),
+        ({"normalise": "words"}, "normalise='words': it must be one of 'raw', 'bytes'"),
         ({"chance": 1.0}, "not a share"),
         ({"rows": ()}, "no rows"),
         ({"fewshot": 3}, "only 2 examples"),
-        ({"kind": "cloze", "metric": "loglikelihood"}, "has no metric"),
     ],
 )
 def test_bad_tasks_say_what_is_wrong(changes, message):

@@ -11,10 +11,12 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,6 @@ try:
 except ImportError as error:
     raise SuiteError("Suites of lm-eval need it: pip install 'ildlab[eval]' (lm-eval 0.4.13 is tested).") from error
 
-BRIDGE = 1  # raise it when scores change, so that kept results are not mistaken for today's
 TOLD = ("", ".yaml", ".py", ".json", ".jsonl", ".csv", ".txt")  # files of these kinds decide what a task is
 FEWSHOT_SEED = 1234  # lm-eval's own default
 # The measure that counts, where a task has several: lm-eval's own leaderboards prefer the normalised one.
@@ -43,43 +44,22 @@ PREFERRED = ("acc_norm", "acc_bytes", "acc", "exact_match", "f1", "rougeL", "bit
 
 @dataclass(frozen=True)
 class LmEvalSuite:
-    """A suite of lm-eval tasks.
+    """Tasks, groups or tags of lm-eval, at most `limit` examples each; with a folder, those of its YAML files alone.
 
-    Attributes
-    ----------
-    names : tuple of str
-        Tasks, groups or tags of lm-eval.
-    folder : Path or None
-        lm-eval's `include_path`, which is then the only place where names are looked up.
-    limit : int or None
-        Examples a task.
-    swept : bool
-        Whether an ablation sweep can score it: never, since lm-eval runs the model by itself.
+    No ablation sweep can score it (`swept`), since lm-eval runs the model by itself.
     """
 
     names: tuple[str, ...]
     folder: Path | None = None
     limit: int | None = None
-
     swept = False
 
-    @classmethod
-    def of(cls, names: Iterable[str], folder: Path | None = None) -> LmEvalSuite:
-        """A suite of these names.
-
-        Raises
-        ------
-        SuiteError
-            No names, or one that lm-eval does not know.
-        """
-        wanted = tuple(name for name in names if name)
-        unknown = set(wanted) - set(_manager(folder).all_tasks)
-        if unknown or not wanted:
+    def __post_init__(self):
+        if unknown := set(self.names) - set(_manager(self.folder).all_tasks):
             raise SuiteError(
-                f"lm-eval {lm_eval.__version__} has no task {', '.join(sorted(unknown)) or '(no name was given)'}. "
-                "`lm-eval ls tasks` lists those that it has."
+                f"lm-eval {lm_eval.__version__} has no task {', '.join(sorted(unknown)) or '(no name was given)'}: "
+                "see `lm-eval ls tasks`."
             )
-        return cls(wanted, folder)
 
     @property
     def name(self) -> str:
@@ -88,125 +68,91 @@ class LmEvalSuite:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of task names, limit, lm-eval's version, and the files that lie in the folder itself."""
-        digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__, BRIDGE)).encode())
+        """sha256 (hex) of task names, limit, lm-eval's version, and the files that lie in the folder."""
+        digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__)).encode())
         for file in sorted(self.folder.iterdir()) if self.folder else ():
             if file.is_file() and file.suffix in TOLD:
                 digest.update(file.read_bytes())
         return digest.hexdigest()
 
     def take(self, limit: int) -> LmEvalSuite:
-        """Return the suite with at most `limit` examples a task."""
-        if limit < 1:
-            raise SuiteError(f"limit={limit}: a task needs at least one example.")
+        """The suite with at most `limit` examples a task."""
         return replace(self, limit=limit)
 
     def steps(self, stack: LayerStack, tokenizer: Any) -> Work[SuiteResult]:
         """Score a model, task by task; `suite_steps` is the way to call it."""
         yield Progress(0, 1, f"{self.name}: loading its data")
-        with _quietly(self.name):
-            tasks = _tasks(self.names, self.folder, self.fingerprint)
+        with _in_words(self.name):
+            tasks = load_tasks(self.names, self.folder, self.fingerprint)
+        # Fewer, where memory runs out.
+        run = find_executable_batch_size(_samples, 8 if stack.device.type == "cpu" else 64)
         results, notes = {}, []
         for done, (name, task) in enumerate(tasks.items()):
             yield Progress(done, len(tasks), f"{name} (lm-eval shows its own progress)")
             task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples at every call
-            with _quietly(name) as log:
-                samples = _run(stack, tokenizer, name, task, self.limit)
+            with _in_words(name) as log, plain_decoding(stack.model):
+                samples = run(stack, tokenizer, name, task, self.limit)
             # lm-eval has a sample for each document *and* filter of the answer: the first filter counts.
             filters = list(dict.fromkeys(sample["filter"] for sample in samples))
             if len(filters) > 1:
                 notes.append(f"{name}: answers by the filter {filters[0]!r} of {', '.join(filters)}.")
-            if log.cut:
-                notes.append(f"{name}: contexts were cut from the left to fit the window ({log.cut} warnings).")
-            first = [sample for sample in samples if sample["filter"] == filters[0]]
-            results[name] = _task_result(name, first, log.cut)
+            if cut := sum("runcat" in record.getMessage() for record in log.buffer):
+                notes.append(f"{name}: contexts were cut from the left to fit the window ({cut} warnings).")
+            results[name] = _result(name, [sample for sample in samples if sample["filter"] == filters[0]], cut)
         return SuiteResult(self.name, self.fingerprint, results, notes=notes)
 
 
-def _run(stack: LayerStack, tokenizer: Any, name: str, task: Any, limit: int | None) -> list[dict]:
-    """One task's samples: a dict for each document, with its measures."""
-    cuda = stack.device.type == "cuda"
-
-    @find_executable_batch_size(starting_batch_size=64 if cuda else 8)  # less, where memory runs out
-    def run(batch_size: int) -> list[dict]:
-        model = HFLM(
-            pretrained=stack.model,
-            backend="causal",
-            tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-            batch_size=batch_size,
-            # On a CPU torch's fp32 log_softmax errs by some 1e-5 a token.
-            softmax_dtype="float64" if stack.device.type == "cpu" else "float32",
-        )
-        found = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
-        return found["samples"][name]
-
-    with plain_decoding(stack.model):
-        return run()
+def _samples(batch_size: int, stack: LayerStack, tokenizer: Any, name: str, task: Any, limit: int | None) -> list:
+    """A dict for each document of a task, with its measures."""
+    own = copy.deepcopy(tokenizer)  # it is given a padding token
+    # On a CPU torch's fp32 log_softmax errs by some 1e-5 a token.
+    precise = "float64" if stack.device.type == "cpu" else "float32"
+    model = HFLM(stack.model, backend="causal", tokenizer=own, batch_size=batch_size, softmax_dtype=precise)
+    return lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)["samples"][name]
 
 
-def _task_result(name: str, samples: list[dict], truncated: int) -> TaskResult:
-    measure = _measure(samples[0])
-    values = [sample[measure] for sample in samples]
-    weights, chance, direction = None, 0.0, "higher"
+def _result(name: str, samples: list[dict], cut: int) -> TaskResult:
+    first, chance, more = samples[0], 0.0, {"truncated": cut}
+    known = [m for m in first["metrics"] if m == "bits_per_byte" or isinstance(first[m], (int, float, np.number))]
+    measure = next((m for m in (*PREFERRED, *known) if m in known), None)
+    if measure is None:
+        raise SuiteError(f"{name}: none of its measures has a value for each example: {', '.join(first['metrics'])}.")
+    values = np.array([sample[measure] for sample in samples], float)
     if measure == "bits_per_byte":  # each value is (log-likelihood in nats, bytes)
-        weights, chance, direction = [float(size) for _, size in values], 8.0, "lower"
-        values = [-ll / size / math.log(2) for ll, size in values]
+        nats, sizes = values.T
+        values, chance = -nats / sizes / math.log(2), 8.0
+        more |= {"weights": sizes.tolist(), "direction": "lower"}
     elif max(len(sample["arguments"]) for sample in samples) > 1:  # choices
         chance = float(np.mean([1 / len(sample["arguments"]) for sample in samples]))
     if not np.isfinite(values).all():
         raise SuiteError(f"{name}: {measure} of an example is not a finite number: the model's logits are broken.")
-    others = {m: float(np.mean([s[m] for s in samples])) for m in PREFERRED[:4] if m in samples[0] and m != measure}
-    scores = [float(value) for value in values]
-    return TaskResult(name, "lm-eval", measure, scores, weights, chance, direction, others=others, truncated=truncated)
+    return TaskResult(name, "lm-eval", measure, values.tolist(), chance=chance, **more)
 
 
-def _measure(sample: dict) -> str:
-    for name in (*PREFERRED, *sample["metrics"]):
-        if name in sample and (name == "bits_per_byte" or isinstance(sample[name], (int, float, np.number))):
-            return name
-    raise SuiteError(f"None of lm-eval's measures here has a value for each example: {', '.join(sample['metrics'])}.")
+_own_tasks = cache(TaskManager)  # reads the headers of 14,000 files, which takes 20 s
 
 
 def _manager(folder: Path | None) -> TaskManager:
-    return TaskManager(include_path=folder, include_defaults=False) if folder else _theirs()
+    return TaskManager(include_path=folder, include_defaults=False) if folder else _own_tasks()
 
 
-@cache
-def _theirs() -> TaskManager:
-    return TaskManager()  # reads the headers of 14,000 files, which takes 20 s
-
-
-@lru_cache(maxsize=8)
-def _tasks(names: tuple[str, ...], folder: Path | None, fingerprint: str) -> dict[str, Any]:
-    # Kept: a session scores one suite many times, and loading a task reads all of its data.
+@lru_cache(maxsize=8)  # a session scores one suite many times, and loading a task reads all of its data
+def load_tasks(names: tuple[str, ...], folder: Path | None, fingerprint: str) -> dict[str, Any]:
+    """Tasks of lm-eval by name."""
     return _manager(folder).load(list(names))["tasks"]
 
 
-class _Log(logging.Handler):
-    """Counts lm-eval's warnings of contexts that it cuts, and shows its errors alone."""
-
-    cut = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.cut += "runcat" in record.getMessage()
-        if record.levelno >= logging.ERROR:
-            logging.lastResort.handle(record)
-
-
 @contextmanager
-def _quietly(name: str) -> Iterator[_Log]:
-    """Run lm-eval with its log kept, and with words for people where its data or the model's window say no."""
-    logger, log = logging.getLogger("lm_eval"), _Log()
+def _in_words(name: str) -> Iterator[BufferingHandler]:
+    """Run lm-eval with its warnings kept, and with words for people where its data or the model's window say no."""
+    logger, log = logging.getLogger("lm_eval"), BufferingHandler(sys.maxsize)
     before = logger.handlers, logger.propagate, logger.level
     logger.handlers, logger.propagate, logger.level = [log], False, logging.WARNING
     try:
         yield log
     except AssertionError as error:
         raise SuiteError(f"lm-eval refuses {name}: {first_line(error)}") from error
-    except Exception as error:
-        away = type(error).__name__ in ("ConnectionError", "DatasetNotFoundError", "OfflineModeIsEnabled")
-        if not away and not type(error).__module__.startswith(("huggingface_hub", "httpx")):
-            raise
+    except OSError as error:  # those of the Hub and of `datasets` are such
         raise SuiteError(
             f"lm-eval could not load the data of {name}: {first_line(error)}\nIts tasks come from the Hub: run this "
             "where there is network access, put copies of the data sets below the working directory "
@@ -214,3 +160,5 @@ def _quietly(name: str) -> Iterator[_Log]:
         ) from error
     finally:
         logger.handlers, logger.propagate, logger.level = before
+        for record in (each for each in log.buffer if each.levelno >= logging.ERROR):
+            logging.lastResort.handle(record)

@@ -21,45 +21,30 @@ from torch import Tensor
 
 from ildlab.errors import IldlabError, SuiteError
 from ildlab.evaluate.packing import Batch, Encoded, make_batches
+from ildlab.model.head import chunk_rows
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
 
 ENGINE = 3  # raise it when scoring changes, so that kept results are not mistaken for today's
-# At most so many positions have their logits at one time: in fp32 the product is what takes time, and is quickest
-# in large pieces; in bf16 and fp16 it is quick, and what follows wants the numbers in the CPU's cache.
-HEAD_CHUNK = {4: 384, 2: 96}
 
 
 @dataclass
 class Outcomes:
-    """What was found for each request, in the order they were given.
+    """What was found for each of R requests, in the order they were given."""
 
-    Attributes
-    ----------
-    loglikelihood : ndarray [R] float64
-        Sum of ln p over the continuation's tokens.
-    matched : ndarray [R] int
-        Leading tokens of the continuation that greedy decoding would produce.
-    length : ndarray [R] int
-        Tokens of the continuation.
-    """
-
-    loglikelihood: np.ndarray
-    matched: np.ndarray
-    length: np.ndarray
+    loglikelihood: np.ndarray  # [R] float64: sum of ln p over the continuation's tokens
+    matched: np.ndarray  # [R] int: leading tokens of the continuation that greedy decoding would produce
+    length: np.ndarray  # [R] int: tokens of the continuation
 
     @classmethod
     def empty(cls, encoded: Sequence[Encoded]) -> Outcomes:
-        """Outcomes to be filled batch by batch."""
+        """To be filled batch by batch."""
         length = np.array([len(e.continuation) for e in encoded], dtype=np.int64)
         return cls(np.full(len(encoded), np.nan), np.full(len(encoded), -1, dtype=np.int64), length)
 
     def finite(self, requests: Any = slice(None)) -> bool:
         """Whether these requests' log-likelihoods are numbers: of NaN, `argmax` would make an answer."""
         return bool(np.isfinite(self.loglikelihood[requests]).all())
-
-
-# ------------------------------------------------------------------ encoding
 
 
 def window(stack: LayerStack, tokenizer: Any) -> int:
@@ -80,13 +65,7 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) -> list[Encoded]:
-    """Encode (context, continuation) pairs.
-
-    Raises
-    ------
-    SuiteError
-        A continuation has no token, or more than the window.
-    """
+    """Encode (context, continuation) pairs; SuiteError where a continuation has no token, or more than the window."""
     pairs = [_shift_spaces(*pair) for pair in pairs]
     wholes = [context + continuation for context, continuation in pairs]
     known = _encode_all(tokenizer, [c for c, _ in pairs if c] + [w for (c, _), w in zip(pairs, wholes) if c], True)
@@ -152,8 +131,7 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
     best = torch.empty(len(wanted), dtype=torch.long, device=hidden.device)
     gold = torch.empty(len(batch.which), dtype=torch.float32, device=hidden.device)
     which, target = batch.which.to(hidden.device), batch.target.to(hidden.device)
-    chunk = HEAD_CHUNK.get(hidden.element_size(), 384) if hidden.device.type == "cpu" else 384
-    parts = -(-len(wanted) // chunk) or 1
+    parts = -(-len(wanted) // chunk_rows(stack)) or 1
     size = -(-len(wanted) // parts) or 1  # even parts: a few last positions would cost as much as many
     for start in range(0, len(wanted), size):
         # Of a model over several devices the logits may come back on another than the hidden state's.
@@ -179,7 +157,6 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
 _TREES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-@torch.no_grad()
 def largest_tree(stack: LayerStack) -> int:
     """Tokens in the largest packed tree whose logits are those of plain rows; 0 where none is.
 
@@ -191,6 +168,7 @@ def largest_tree(stack: LayerStack) -> int:
     return _TREES[stack.model]
 
 
+_EXPERTS = "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"
 # Layers that carry a state along the row: what stands before a branch leaks into it, mask or no mask.
 _RECURRENT = ("linear", "mamba", "conv", "recurrent", "hybrid")
 
@@ -210,6 +188,7 @@ def _tree_limit(config: Any) -> int:
     return min((limit for limit in limits if limit), default=sys.maxsize)
 
 
+@torch.no_grad()
 def _try_tree(stack: LayerStack) -> bool:
     rows = min(stack.model.get_input_embeddings().weight.shape[0], 30_000)
     ids = [int(i) for i in (np.arange(28) * 7919 + 11) % rows]
@@ -217,7 +196,7 @@ def _try_tree(stack: LayerStack) -> bool:
     # The same with another first branch: attention leaves the others exactly as they were, while a
     # state that runs along the row (Mamba, convolutions) carries some of it over, however little.
     other = [Encoded(tuple(ids[:8]), tuple(ids[20:24])), *encoded[1:]]
-    found = []
+    found: list[np.ndarray] = []
     for requests, largest in ((encoded, 0), (encoded, 100), (other, 100)):
         outcomes = Outcomes.empty(requests)
         try:
@@ -233,10 +212,7 @@ def _try_tree(stack: LayerStack) -> bool:
     same = np.allclose(plain, tree, rtol=2e-6 if exact else 2e-2, atol=1e-4 if exact else 2e-2)
     # The same shapes, and what is masked counts exactly nothing: these are equal in every dtype. But for experts:
     # another branch changes how many tokens each of them gets, and a product's rounding with it.
-    experts = any(
-        getattr(stack.config, name, None)
-        for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    )
+    experts = any(getattr(stack.config, name, None) for name in _EXPERTS)
     slack = (1e-6 if exact else 1e-2) if experts else 0.0
     return same and np.allclose(tree[1:], changed[1:], rtol=slack, atol=1e-6)
 
@@ -245,13 +221,7 @@ def _try_tree(stack: LayerStack) -> bool:
 def score_steps(
     stack: LayerStack, encoded: Sequence[Encoded], groups: Sequence[int], *, note: str = ""
 ) -> Work[Outcomes]:
-    """Score all requests; yields after each batch and returns the `Outcomes`.
-
-    Raises
-    ------
-    SuiteError
-        A log-likelihood is NaN or infinite: the model's logits are broken.
-    """
+    """Score all requests; SuiteError where a log-likelihood is NaN or infinite."""
     outcomes = Outcomes.empty(encoded)
     batches = make_batches(encoded, groups, largest_tree=largest_tree(stack), tokens_per_batch=batch_tokens(stack))
     done, total = 0, sum(batch.tokens for batch in batches)
@@ -259,7 +229,7 @@ def score_steps(
         read_out(stack, batch, stack.final(model_inputs(stack, batch)), outcomes)
         if not outcomes.finite(batch.requests):
             raise SuiteError(
-                f"{note or 'Scoring'}: a log-likelihood is not a finite number. The model's logits are NaN or infinite: "
+                f"{note or 'Scoring'}: a log-likelihood is not a finite number. The model's logits are broken: "
                 "load it in float32 or bfloat16 rather than float16."
             )
         done += batch.tokens

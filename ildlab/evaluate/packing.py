@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -20,44 +21,23 @@ ROW = 768  # tokens in a row that examples share, at most (attention is quadrati
 
 @dataclass(frozen=True)
 class Encoded:
-    """One request as token ids: what is conditioned on, and what is scored.
-
-    Attributes
-    ----------
-    context, continuation : tuple of int
-    truncated : bool
-        The context was cut from the left to fit the model's window.
-    """
+    """One request as token ids: what is conditioned on, and what is scored."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
-    truncated: bool = False
+    truncated: bool = False  # the context was cut from the left to fit the model's window
 
 
 @dataclass
 class Batch:
-    """Rows that go through the model together.
+    """Rows that go through the model together: P positions at the head, Q scored tokens of K requests."""
 
-    Attributes
-    ----------
-    inputs : dict
-        What `LayerStack.trunk` takes.
-    head : Tensor [P, 2] int64
-        (row, column) of the positions that the head is computed at.
-    which, target : Tensor [Q] int64
-        Every scored token: its index into `head`, and its id.
-    requests : ndarray [K]
-        Indices of the requests in this batch.
-    owner : ndarray [Q]
-        For each scored token, its request as an index into `requests`; in order of request and token.
-    """
-
-    inputs: dict[str, Tensor]
-    head: Tensor
-    which: Tensor
-    target: Tensor
-    requests: np.ndarray
-    owner: np.ndarray
+    inputs: dict[str, Tensor]  # what `LayerStack.trunk` takes
+    head: Tensor  # [P, 2] int64: (row, column) of the positions that the head is computed at
+    which: Tensor  # [Q] int64: every scored token's index into `head`
+    target: Tensor  # [Q] int64: and its id
+    requests: np.ndarray  # [K]
+    owner: np.ndarray  # [Q]: every scored token's request, as an index into `requests`; in order
 
     @property
     def tokens(self) -> int:
@@ -107,7 +87,6 @@ def make_batches(
 
     Parameters
     ----------
-    encoded : sequence of Encoded
     groups : sequence of int
         The example that each request belongs to; requests of one example share a row.
     largest_tree : int
@@ -145,7 +124,8 @@ def _trees(encoded, groups, largest: int) -> list[_Tree]:
                 trees[-1].add(request, encoded[request])
             opened = None
             continue
-        common = 0 if opened is None else _common(opened, encoded[requests[0]].context)
+        alike = zip(opened or (), encoded[requests[0]].context)
+        common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], alike))
         if common < MERGE or len(trees[-1].ids) + size - common > min(ROW, largest):
             trees.append(_Tree())
             opened = encoded[requests[0]].context
@@ -154,18 +134,9 @@ def _trees(encoded, groups, largest: int) -> list[_Tree]:
     return trees
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count
-
-
 def _batch(trees: list[_Tree]) -> Batch:
     size = max(len(tree.ids) for tree in trees)
-    ids = np.zeros((len(trees), size), dtype=np.int64)
+    ids = np.zeros((len(trees), size), dtype=np.int64)  # [B, T]
     for row, tree in enumerate(trees):
         ids[row, : len(tree.ids)] = tree.ids
     inputs = {"input_ids": torch.from_numpy(ids)}

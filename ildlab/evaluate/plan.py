@@ -10,56 +10,32 @@ import numpy as np
 
 from ildlab.evaluate.loglikelihood import Outcomes
 from ildlab.evaluate.packing import Encoded
-from ildlab.evaluate.tasks import Task, measures, requests
+from ildlab.evaluate.tasks import Task, example_scores, requests
 
 
 @dataclass
 class Plan:
-    """All requests of a suite in one list, so that batches mix tasks of like length.
-
-    Attributes
-    ----------
-    tasks : tuple of Task
-    encoded : list of Encoded
-    groups : list of int
-        The example that each request belongs to, counted through all tasks.
-    owners : dict of str to list of int
-        For each task, the row of each of its requests.
-    truncated : dict of str to int
-        Examples of each task whose context was cut from the left to fit the window.
-    """
+    """All requests of a suite in one list, so that batches mix tasks of like length."""
 
     tasks: tuple[Task, ...]
     encoded: list[Encoded]
-    groups: list[int]
-    owners: dict[str, list[int]]
-    truncated: dict[str, int]
+    groups: list[int]  # the example that each request belongs to, counted through all tasks
+    owners: list[list[int]]  # for each task, the row of each of its requests
+    truncated: dict[str, int]  # examples of each task whose context was cut from the left to fit the window
 
     @classmethod
     def of(cls, tasks: Sequence[Task], tokenizer: Any, length: int) -> Plan:
         """Encode the requests of tasks for a model's window of `length` tokens."""
-        plan = cls(tuple(tasks), [], [], {}, {})
+        plan = cls(tuple(tasks), [], [], [], {})
         first = 0
         for task in plan.tasks:
             encoded, owner = requests(task, tokenizer, length)
             plan.encoded += encoded
             plan.groups += [first + row for row in owner]
-            plan.owners[task.name] = owner
+            plan.owners.append(owner)
             plan.truncated[task.name] = len({row for row, one in zip(owner, encoded) if one.truncated})
             first += len(task.rows)
         return plan
-
-    def measures(self, outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
-        """Split outcomes up into each task's measures."""
-        found, start = {}, 0
-        for task in self.tasks:
-            part = slice(start, start + len(self.owners[task.name]))
-            of_task = Outcomes(outcomes.loglikelihood[part], outcomes.matched[part], outcomes.length[part])
-            found[task.name] = measures(task, self.owners[task.name], of_task)
-            start = part.stop
-        return found
-
-    # For ablation: one number for each example of all tasks, in order.
 
     @property
     def examples(self) -> int:
@@ -69,7 +45,7 @@ class Plan:
     def task_rows(self) -> list[np.ndarray]:
         """Indices of each task's examples among all."""
         ends = np.cumsum([len(task.rows) for task in self.tasks])
-        return [np.arange(end - len(task.rows), end) for task, end in zip(self.tasks, ends)]
+        return np.split(np.arange(self.examples), ends[:-1])
 
     def example_of_request(self) -> np.ndarray:
         """Index of the example that each request belongs to, [requests]."""
@@ -89,5 +65,10 @@ class Plan:
 
     def example_values(self, outcomes: Outcomes) -> np.ndarray:
         """Score [examples] of each example; without meaning where its requests were not scored."""
-        found = self.measures(outcomes)
-        return np.concatenate([found[task.name][task.measure] for task in self.tasks])
+        found, start = [], 0
+        for task, owner in zip(self.tasks, self.owners):
+            part = slice(start, start + len(owner))
+            of_task = Outcomes(outcomes.loglikelihood[part], outcomes.matched[part], outcomes.length[part])
+            found.append(example_scores(task, owner, of_task))
+            start = part.stop
+        return np.concatenate(found)

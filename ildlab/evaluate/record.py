@@ -35,12 +35,8 @@ class Evaluation:
         Sizes; tied weights count once.
     tokens_per_second, teacher_tokens_per_second : float or None
         Greedy generation of one sequence with the KV cache, both measured in turns.
-    suite, teacher_suite : SuiteResult or None
-        Scores on tasks.
     canaries, teacher_canaries : SuiteResult or None
         Scores on cheap probes: copying, one-digit arithmetic, closing brackets.
-    seconds : float
-        Wall-clock time of the evaluation.
     """
 
     perplexity: float
@@ -78,14 +74,10 @@ class Evaluation:
         return None if self.suite is None else self.suite.aggregate
 
     @property
-    def quality_loss(self) -> float | None:
-        """1 - student/teacher aggregate, as in the paper; None without a suite."""
-        return None if self.suite is None else self.quality_loss_estimate().value
-
-    @property
     def loss(self) -> float:
-        """Share of quality lost: `quality_loss`, or without a suite 1 - teacher's perplexity / student's."""
-        return 1 - self.teacher_perplexity / self.perplexity if self.suite is None else self.quality_loss
+        """Share of quality lost, as in the paper; without a suite 1 - teacher's perplexity / student's."""
+        text = 1 - self.teacher_perplexity / self.perplexity
+        return text if self.suite is None else self.quality_loss_estimate().value
 
     def quality_loss_estimate(self, *, corrected: bool = False) -> Estimate:
         """Quality loss with its bootstrap interval; `corrected` for chance or as in the paper."""
@@ -96,27 +88,21 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON-able values, that `from_dict` reads back."""
         out = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in _SUITES:
-            out[name] = None if out[name] is None else out[name].to_dict()
-        return out
+        return out | {name: out[name].to_dict() for name in _SUITES if out[name] is not None}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Evaluation:
         """Rebuild an evaluation from `to_dict`; keys that it does not know are left out."""
-        known = {field.name for field in fields(cls)}
-        values = {k: v for k, v in record.items() if k in known}
-        for name in _SUITES:
-            if values.get(name) is not None:
-                values[name] = SuiteResult.from_dict(values[name])
-        return cls(**values)
+        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        return cls(**values | {name: SuiteResult.from_dict(values[name]) for name in _SUITES if values.get(name)})
 
     def teacher_record(self) -> dict[str, Any]:
         """Return the teacher's scores, to pass to the next evaluation as `teacher_record`."""
-        record = self.to_dict()
-        return {name: record[name] for name in ("teacher_suite", "teacher_canaries")}
+        return {name: value for name, value in self.to_dict().items() if name in ("teacher_suite", "teacher_canaries")}
 
-    def summary(self) -> list[tuple[str, str, str]]:
-        """Rows (what, student, teacher) for a table."""
+    @property
+    def table(self) -> pd.DataFrame:
+        """Rows (what, student, teacher), as text."""
         rows = [
             ("layers", f"{self.layers}", f"{self.teacher_layers}"),
             ("parameters", f"{self.parameters / 1e6:,.1f} M", f"{self.teacher_parameters / 1e6:,.1f} M"),
@@ -129,22 +115,16 @@ class Evaluation:
             mine = f"{self.tokens_per_second:.1f}/s ({self.speed_ratio:.2f} ×)"
             rows.append(("tokens generated", mine, f"{self.teacher_tokens_per_second:.1f}/s"))
         for mine, theirs in ((self.suite, self.teacher_suite), (self.canaries, self.teacher_canaries)):
-            if mine is None:
-                continue
-            rows.append((f"{mine.name}: aggregate", str(mine.interval()), str(theirs.interval())))
-            rows += [(f"{mine.name}: note", note, "") for note in mine.notes]
-            for name, task in mine.tasks.items():
-                rows.append((f"{mine.name}: {name}", f"{task.score:.3f}", f"{theirs.tasks[name].score:.3f}"))
-        for form in (False, True) if self.suite is not None else ():
-            found = self.quality_loss_estimate(corrected=form)
-            label = "quality loss, corrected for chance" if form else "quality loss"
-            rows.append((label, f"{found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}]", ""))
-        return rows
-
-    @property
-    def table(self) -> pd.DataFrame:
-        """`summary` as a table."""
-        return pd.DataFrame(self.summary(), columns=["", "student", "teacher"]).set_index("")
+            if mine is not None:
+                rows.append((f"{mine.name}: aggregate", str(mine.interval()), str(theirs.interval())))
+                rows += [(f"{mine.name}: note", note, "") for note in mine.notes]
+                both = [(name, task.score, theirs.tasks[name].score) for name, task in mine.tasks.items()]
+                rows += [(f"{mine.name}: {name}", f"{a:.3f}", f"{b:.3f}") for name, a, b in both]
+        if self.suite is not None:
+            for label, form in (("quality loss", False), ("quality loss, corrected for chance", True)):
+                found = self.quality_loss_estimate(corrected=form)
+                rows.append((label, f"{found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}]", ""))
+        return pd.DataFrame(rows, columns=["", "student", "teacher"]).set_index("")
 
     def __str__(self) -> str:
         return self.table.to_string(index_names=False)

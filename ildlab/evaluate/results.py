@@ -23,6 +23,8 @@ import pandas as pd
 from ildlab.errors import SuiteError
 from ildlab.stats import interval, means, resamples
 
+SEED_STEP = 7919  # so that each task of a suite is resampled by draws of its own
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -34,10 +36,7 @@ class Estimate:
 
     @classmethod
     def of(cls, value: float, draws: np.ndarray, *tasks: TaskResult) -> Estimate:
-        """Interval of bootstrap `draws` [draws] over the examples of tasks.
-
-        Each task has n - 1 degrees of freedom.
-        """
+        """Interval of bootstrap `draws` [draws] over the examples of tasks, of n - 1 degrees of freedom each."""
         freedom = sum(task.n - 1 for task in tasks)
         if math.isnan(value) or freedom < 1:
             return cls(float(value), math.nan, math.nan)
@@ -55,7 +54,6 @@ class TaskResult:
 
     Attributes
     ----------
-    name, kind, measure : str
     values : list of float
         The measure, example by example.
     weights : list of float or None
@@ -63,11 +61,9 @@ class TaskResult:
     chance : float
         Score of a guesser; of a loss, that of a model that knows nothing.
     direction : {"higher", "lower"}
-        Whether a higher score is better.
+        Which scores are better.
     weight : float
         In the aggregate.
-    others : dict of str to float
-        Means of the task's other measures.
     truncated : int
         Contexts that were cut from the left to fit the model's window.
     """
@@ -80,7 +76,6 @@ class TaskResult:
     chance: float = 0.0
     direction: str = "higher"
     weight: float = 1.0
-    others: dict[str, float] = field(default_factory=dict)
     truncated: int = 0
 
     @property
@@ -90,26 +85,27 @@ class TaskResult:
 
     @property
     def score(self) -> float:
-        """Mean of the measure over examples (bits per byte: of all text together)."""
+        """Weighted mean of the values."""
         return float(np.average(self.values, weights=self.weights))
 
     @property
     def share(self) -> float:
-        """Score from 0 to 1, higher = better, not corrected for chance."""
+        """Score share."""
         return float(self.oriented(self.score))
 
     @property
     def corrected(self) -> float:
-        """Score with chance at 0 and the best possible at 1."""
+        """Corrected score."""
         return float(self.oriented(self.score, corrected=True))
 
     def oriented(self, score: Any, corrected: bool = False) -> Any:
-        """Map scores of this task (numbers or arrays) to higher = better."""
+        """Scores of this task (numbers or arrays) as shares, or corrected for chance."""
+        score = np.asarray(score)
         if self.direction == "lower":
-            return 1 - np.asarray(score) / self.chance
-        return (np.asarray(score) - self.chance) / (1 - self.chance) if corrected else np.asarray(score)
+            return 1 - score / self.chance
+        return (score - self.chance) / (1 - self.chance) if corrected else score
 
-    def resampled(self, seed: int) -> np.ndarray:
+    def resampled(self, seed: int = 0) -> np.ndarray:
         """Scores [draws] of bootstrap samples of the examples, spread as the mean of n values is."""
         weights = np.ones(self.n) if self.weights is None else np.asarray(self.weights)
         draws = means(resamples(self.n, seed), np.asarray(self.values, float)[:, None], weights)[:, 0]
@@ -127,11 +123,8 @@ class SuiteResult:
 
     Attributes
     ----------
-    name : str
     fingerprint : str
         Of the tasks and their rows: results compare only where it is the same.
-    tasks : dict of str to TaskResult
-    seconds : float
     notes : list of str
         What a person should know, such as contexts that did not fit the window.
     """
@@ -156,25 +149,22 @@ class SuiteResult:
         total = sum(task.weight for task in self.tasks.values())
         return sum(task.weight * of(task) for task in self.tasks.values()) / total
 
-    def resampled(self, corrected: bool = False, seed: int = 0) -> np.ndarray:
-        """Aggregates [draws] of bootstrap samples; the same examples for the same seed."""
-        draws = {
-            name: task.oriented(task.resampled(seed + 7919 * number), corrected)
-            for number, (name, task) in enumerate(self.tasks.items())
-        }
-        return self._mean(lambda task: draws[task.name])
+    def resampled(self, corrected: bool = False) -> np.ndarray:
+        """Aggregates [draws] of bootstrap samples: the same examples at every call."""
+        seeds = {name: SEED_STEP * number for number, name in enumerate(self.tasks)}
+        return self._mean(lambda task: task.oriented(task.resampled(seeds[task.name]), corrected))
 
-    def interval(self, corrected: bool = False, seed: int = 0) -> Estimate:
+    def interval(self, corrected: bool = False) -> Estimate:
         """Aggregate with its interval."""
         value = self.aggregate_corrected if corrected else self.aggregate
-        return Estimate.of(value, self.resampled(corrected, seed), *self.tasks.values())
+        return Estimate.of(value, self.resampled(corrected), *self.tasks.values())
 
     @property
     def table(self) -> pd.DataFrame:
         """One row a task: score, its interval, chance, corrected score, examples."""
         rows = []
         for number, task in enumerate(self.tasks.values()):
-            found = asdict(task.interval(7919 * number))
+            found = asdict(task.interval(SEED_STEP * number))
             rows.append([task.name, task.measure, *found.values(), task.chance, task.corrected, task.n])
         columns = ["task", "measure", "score", "low", "high", "chance", "corrected", "n"]
         return pd.DataFrame(rows, columns=columns).set_index("task")
@@ -210,23 +200,11 @@ def html_table(table: pd.DataFrame, label: str, caption: str) -> str:
     return f"<div role='group' aria-label='{label}'>{html.escape(caption)}{body}</div>"
 
 
-def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False, seed: int = 0) -> Estimate:
-    """Share of the teacher's aggregate that the student has lost, 1 - student / teacher.
+def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False) -> Estimate:
+    """Share of the teacher's aggregate that the student has lost, 1 - student / teacher, by a paired bootstrap.
 
-    Parameters
-    ----------
-    student, teacher : SuiteResult
-        Of the same suite.
-    corrected : bool
-        Use chance-corrected scores: a student that guesses has then lost all of it. The paper's own
-        form does not.
-    seed : int
-        Of the paired bootstrap.
-
-    Returns
-    -------
-    Estimate
-        NaN where the teacher's *corrected* aggregate is not above 0: it guesses.
+    With `corrected` (for chance; the paper's own form is not) a student that guesses has lost all of it; NaN where
+    the teacher guesses too.
 
     Raises
     ------
@@ -240,25 +218,20 @@ def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool 
         )
     form = "aggregate_corrected" if corrected else "aggregate"
     mine, theirs = getattr(student, form), getattr(teacher, form)
-    if theirs <= 0:
-        if not corrected:
-            raise SuiteError(
-                f"The teacher's aggregate on {teacher.name} is {theirs:.3f}: there is no quality to lose. Use a suite "
-                "that the teacher can do."
-            )
+    if theirs <= 0 and corrected:
         return Estimate(math.nan, math.nan, math.nan)
+    if theirs <= 0:
+        raise SuiteError(
+            f"The teacher's aggregate on {teacher.name} is {theirs:.3f}: there is no quality to lose. Use a suite "
+            "that the teacher can do."
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
-        draws = 1 - student.resampled(corrected, seed) / teacher.resampled(corrected, seed)
+        draws = 1 - student.resampled(corrected) / teacher.resampled(corrected)
     return Estimate.of(1 - mine / theirs, draws, *student.tasks.values())
 
 
 def compare(**results: SuiteResult) -> pd.DataFrame:
-    """Scores task by task, a column a model, the aggregates last; for each but the first its change.
-
-    Examples
-    --------
-    >>> compare(teacher=a, pruned=b, distilled=c)  # doctest: +SKIP
-    """
+    """Scores task by task, a column a model, the aggregates last; for each but the first its change."""
     table = pd.DataFrame({name: {t.name: t.score for t in r.tasks.values()} for name, r in results.items()})
     for label, of in (("aggregate", "aggregate"), ("aggregate, corrected", "aggregate_corrected")):
         table.loc[label] = [getattr(result, of) for result in results.values()]

@@ -17,18 +17,10 @@ WARM_UP = 2  # tokens of a first turn that does not count
 def generation_speed(
     student: LayerStack, teacher: LayerStack | None, tokens: Tensor, *, new_tokens: int = 24, rounds: int = 3
 ) -> tuple[float, float | None]:
-    """Tokens a second that each generates, greedily and with the KV cache, for one prompt of 16 tokens.
+    """Tokens a second that each generates (None without a teacher), greedily and with the KV cache.
 
-    The two take turns, and the median of the rounds counts, so that a busy machine slows both.
-
-    Parameters
-    ----------
-    tokens : int Tensor [N, T]
-        The prompt is the beginning of the first row.
-
-    Returns
-    -------
-    student's, teacher's (None without one)
+    The prompt is the first 16 tokens of `tokens` [N, T]. The two take turns, and the median of the rounds counts, so
+    that a busy machine slows both.
     """
     prompt = tokens[:1, :16].long()  # [1, 16]
     stacks = [stack for stack in (student, teacher) if stack is not None]

@@ -1,8 +1,8 @@
 """Suites: named sets of tasks, of YAML and JSONL files or of lm-eval, and scoring a model on them.
 
-A suite file says, for each task: `name`, `file` (JSONL, beside the suite file), and optionally `kind` (see
-`ildlab.evaluate.tasks`), `shots_file` for few-shot examples, `metric`, `normalise`, `chance`, `weight`,
-`fewshot`, `delimiter`, `separator`. A YAML file of lm-eval's (`task:` or `group:`) is a suite too.
+A suite file says, for each task: `name`, `file` (JSONL, beside the suite file), and optionally `kind`, `normalise`,
+`chance`, `weight`, `fewshot`, `delimiter` (`ildlab.evaluate.tasks.Task` says what they are). A YAML file of
+lm-eval's (`task:` or `group:`) is a suite too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache, cached_property
@@ -36,19 +35,10 @@ from ildlab.text.blocks import tokenizer_fingerprint
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of tasks that are decided by log-likelihoods.
-
-    Attributes
-    ----------
-    name : str
-    tasks : tuple of Task
-    swept : bool
-        Whether an ablation sweep can score it.
-    """
+    """A named set of tasks that are decided by log-likelihoods, so that an ablation sweep can score it (`swept`)."""
 
     name: str
     tasks: tuple[Task, ...]
-
     swept = True
 
     def __post_init__(self):
@@ -63,38 +53,23 @@ class Suite:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def take(self, limit: int) -> Suite:
-        """Return the suite with at most `limit` rows a task: quicker, and with wider intervals.
-
-        Raises
-        ------
-        SuiteError
-            `limit` is below 1.
-        """
-        if limit < 1:
-            raise SuiteError(f"limit={limit}: a task needs at least one example.")
+        """Return the suite with at most `limit` rows a task: quicker, and with wider intervals."""
         return Suite(self.name, tuple(task.take(limit) for task in self.tasks))
 
     def plan(self, tokenizer: Any, length: int) -> Plan:
-        """Encode all log-likelihood requests for a model's window of `length` tokens."""
+        """Encode all requests for a model's window of `length` tokens."""
         return Plan.of(self.tasks, tokenizer, length)
 
     def steps(self, stack: LayerStack, tokenizer: Any) -> Work[SuiteResult]:
         """Score a model; `suite_steps` is the way to call it."""
         length = window(stack, tokenizer)
         plan = self.plan(tokenizer, length)
-        found = plan.measures((yield from score_steps(stack, plan.encoded, plan.groups, note=self.name)))
+        values = plan.example_values((yield from score_steps(stack, plan.encoded, plan.groups, note=self.name)))
         results, notes = {}, []
-        for task in self.tasks:
-            values, cut = found[task.name], plan.truncated[task.name]
+        for task, rows in zip(self.tasks, plan.task_rows()):
+            cut, found = plan.truncated[task.name], values[rows].tolist()
             results[task.name] = TaskResult(
-                task.name,
-                task.kind,
-                task.measure,
-                values[task.measure].tolist(),
-                chance=task.chance,
-                weight=task.weight,
-                others={name: float(each.mean()) for name, each in values.items() if name != task.measure},
-                truncated=cut,
+                task.name, task.kind, task.measure, found, chance=task.chance, weight=task.weight, truncated=cut
             )
             if cut:
                 notes.append(f"{task.name}: {cut} contexts were cut from the left to {length} tokens.")
@@ -117,20 +92,21 @@ def load_suite(suite: Any, *, limit: int | None = None) -> Any:
         - a `.yaml` file, of ours or of lm-eval's;
         - `"file:rows.jsonl"`, several with commas: each file is a task;
         - `"lm-eval:arc_easy,piqa"`: tasks of lm-eval (see `ildlab.evaluate.lm_eval`);
-        - any of these with `@n`, such as `"mini7@40"`: at most n rows a task.
+        - any of these with `@n`, such as `"mini7@40"`.
     limit : int, optional
         At most so many rows a task.
 
     Returns
     -------
     Suite or LmEvalSuite
-        Both have `name`, `fingerprint`, `swept`, `take(limit)` and `steps(stack, tokenizer)`.
 
     Raises
     ------
     SuiteError
         Unknown name, unreadable file, malformed row (names file and line).
     """
+    if limit is not None and limit < 1:
+        raise SuiteError(f"limit={limit}: a task needs at least one example.")
     if isinstance(suite, (str, os.PathLike)):
         name, mark, rows = str(suite).rpartition("@")
         if mark and rows.isdigit():
@@ -145,14 +121,12 @@ def load_suite(suite: Any, *, limit: int | None = None) -> Any:
 
 def _load(name: str) -> Any:
     prefix, mark, names = name.partition(":")
+    parts = [part.strip() for part in names.split(",")]
     if mark and prefix == "lm-eval":
-        return _of_lm_eval(part.strip() for part in names.split(","))
+        return _of_lm_eval(parts)
     if mark and prefix == "file":
-        tasks = []
-        for path in (Path(part.strip()).expanduser() for part in names.split(",")):
-            kind, rows = read_jsonl(path)
-            tasks.append(Task(path.stem, kind, tuple(rows), chance=_chance(kind, rows)))
-        return Suite("+".join(task.name for task in tasks), tuple(tasks))
+        tasks = tuple(_read(path, {"name": path.stem}) for path in (Path(part).expanduser() for part in parts))
+        return Suite("+".join(task.name for task in tasks), tasks)
     path = Path(name).expanduser()
     return _from_yaml(path) if path.suffix in (".yaml", ".yml") else _shipped(name)
 
@@ -160,7 +134,7 @@ def _load(name: str) -> Any:
 def _of_lm_eval(names, folder: Path | None = None) -> Any:
     from ildlab.evaluate.lm_eval import LmEvalSuite  # an extra, and slow to import
 
-    return LmEvalSuite.of(names, folder)
+    return LmEvalSuite(tuple(names), folder)
 
 
 @cache
@@ -175,16 +149,6 @@ def _shipped(name: str) -> Any:
             "'file:rows.jsonl', or 'lm-eval:task,task'."
         )
     return _from_yaml(known[name])
-
-
-def _chance(kind: str, rows: Sequence[dict]) -> float:
-    """Chance level of rows that say nothing of it."""
-    return float(np.mean([1 / len(options(row)) for row in rows])) if kind == "multiple_choice" else 0.0
-
-
-_TYPES = {"str": (str, "a text"), "float": ((int, float), "a number"), "int": (int, "a whole number")}
-_SETTINGS = {each.name: _TYPES[each.type] for each in fields(Task) if each.type in _TYPES}
-_FILES = dict.fromkeys(("file", "shots_file"), _TYPES["str"])
 
 
 def _from_yaml(path: Path) -> Any:
@@ -205,22 +169,22 @@ def _from_yaml(path: Path) -> Any:
 
 
 def _task(path: Path, number: int, spec: Any) -> Task:
-    """One task of a suite file, its settings checked for their types."""
+    """One task of a suite file."""
     if not isinstance(spec, dict) or not {"name", "file"} <= spec.keys():
         raise SuiteError(f"{path.name}, task {number}: a task needs `name:` and `file:`.")
-    where = f"{path.name}, task {spec['name']!r}"
-    for name, value in spec.items():
-        if name not in _SETTINGS | _FILES:
-            raise SuiteError(f"{where}: unknown setting {name}.")
-        types, told = (_SETTINGS | _FILES)[name]
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise SuiteError(f"{where}: {name}: {value!r} is not {told}.")
+    where, settings = f"{path.name}, task {spec['name']!r}", {k: v for k, v in spec.items() if k != "file"}
+    unknown = settings.keys() - ({each.name for each in fields(Task)} - {"rows", "shots"})
+    if unknown:
+        raise SuiteError(f"{where}: unknown setting {', '.join(sorted(map(str, unknown)))}.")
     if spec.get("kind", KINDS[0]) not in KINDS:
         raise SuiteError(f"{where}: kind {spec['kind']!r} does not exist; choose one of {', '.join(KINDS)}.")
-    kind, rows = read_jsonl(path.parent / spec["file"], spec.get("kind"))
-    shots = read_jsonl(path.parent / spec["shots_file"], kind)[1] if "shots_file" in spec else ()
-    settings = {"chance": _chance(kind, rows)} | {name: spec[name] for name in _SETTINGS if name in spec}
-    return Task(**settings | {"kind": kind, "rows": tuple(rows), "shots": tuple(shots)})
+    return _read(path.parent / str(spec["file"]), settings)
+
+
+def _read(path: Path, settings: dict) -> Task:
+    kind, rows = read_jsonl(path, settings.get("kind"))
+    guesser = float(np.mean([1 / len(options(row)) for row in rows])) if kind == "multiple_choice" else 0.0
+    return Task(**{"chance": guesser} | settings | {"kind": kind, "rows": tuple(rows)})
 
 
 # ------------------------------------------------------------------- scoring
@@ -229,15 +193,10 @@ def _task(path: Path, number: int, spec: Any) -> Task:
 def suite_steps(
     stack: LayerStack, tokenizer: Any, suite: Any, *, cache: str | Path | None = None
 ) -> Work[SuiteResult]:
-    """Score a model on a suite, step by step.
+    """Score a model on a suite (what `load_suite` takes), step by step.
 
-    Parameters
-    ----------
-    stack : LayerStack
-    tokenizer
-    suite : Suite, or what `load_suite` takes
-    cache : path, optional
-        Folder where results are kept, by the fingerprints of model, tokenizer and suite (not of an offloaded model).
+    `cache` is a folder where results are kept, by the fingerprints of model, tokenizer and suite (not of an
+    offloaded model).
     """
     suite = load_suite(suite)
     kept = None

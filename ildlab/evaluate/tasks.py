@@ -1,10 +1,10 @@
 """Kinds of tasks: what a row asks of the model, and what its answer is worth.
 
-| kind | row | measures (per example) |
+| kind | row | score of an example |
 | --- | --- | --- |
-| `multiple_choice` | `{query, choices, gold}` or `{context_options, continuation, gold}` | `accuracy_raw`, `accuracy_bytes` |
-| `cloze` | `{context, continuation}` | `exact` (greedy decoding gives it), `loglikelihood` |
-| `copy` | `{context, continuation}` | `prefix` (share of its tokens before the first miss), `exact`, `loglikelihood` |
+| `multiple_choice` | `{query, choices, gold}` or `{context_options, continuation, gold}` | `accuracy_raw` or `accuracy_bytes` |
+| `cloze` | `{context, continuation}` | `exact`: greedy decoding gives it |
+| `copy` | `{context, continuation}` | `prefix`: share of its tokens before the first miss |
 
 All are decided by log-likelihoods: greedy decoding would give a continuation exactly where each of its tokens is
 the most likely one, so that nothing has to be generated.
@@ -18,17 +18,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ildlab.errors import SuiteError
 from ildlab.evaluate.loglikelihood import Outcomes, encode
 from ildlab.evaluate.packing import Encoded
+from ildlab.typed import read_fields
 
-# The first is the default. A log-likelihood is no share: it is reported beside the score.
-METRICS = {"multiple_choice": ("accuracy",), "cloze": ("exact",), "copy": ("prefix", "exact")}
-KINDS = tuple(METRICS)
+Kind = Literal["multiple_choice", "cloze", "copy"]
+KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,6 @@ class Task:
     name, kind : str
     rows : tuple of dict
         Of the kind's shape.
-    metric : str
-        Which measure is the score; by default the kind's first.
     normalise : {"raw", "bytes"}
         For choices: compare log-likelihoods as they are, or divided by the choice's UTF-8 bytes.
     chance : float
@@ -53,31 +51,22 @@ class Task:
     shots : tuple of dict
     delimiter : str
         Between a prompt and its answer (as lm-eval's `target_delimiter`).
-    separator : str
-        Between solved examples.
     """
 
     name: str
-    kind: str
-    rows: tuple[dict, ...]
-    metric: str = ""
-    normalise: str = "raw"
+    kind: Kind
+    rows: tuple
+    normalise: Literal["raw", "bytes"] = "raw"
     chance: float = 0.0
     weight: float = 1.0
     fewshot: int = 0
-    shots: tuple[dict, ...] = ()
+    shots: tuple = ()
     delimiter: str = " "
-    separator: str = "\n\n"
 
     def __post_init__(self):
+        read_fields(self, lambda words: SuiteError(f"Task {self.name!r}: {words}"))
         problem = ""
-        if self.kind not in KINDS:
-            problem = f"kind {self.kind!r} does not exist; choose one of {', '.join(KINDS)}"
-        elif self.metric and self.metric not in METRICS[self.kind]:
-            problem = f"a {self.kind} task has no metric {self.metric!r}, but {' and '.join(METRICS[self.kind])}"
-        elif self.normalise not in ("raw", "bytes"):
-            problem = f"normalise: {self.normalise!r} is neither raw nor bytes"
-        elif not 0 <= self.chance < 1:
+        if not 0 <= self.chance < 1:
             problem = f"chance: {self.chance} is not a share from 0 up to, and without, 1"
         elif self.weight <= 0 or self.fewshot < 0:
             problem = "weight must be above 0, and fewshot not below 0"
@@ -101,18 +90,15 @@ class Task:
 
     @property
     def measure(self) -> str:
-        """Name of the measure that is the score."""
-        metric = self.metric or METRICS[self.kind][0]
-        return f"accuracy_{self.normalise}" if metric == "accuracy" else metric
+        """Name of what is scored."""
+        return {"cloze": "exact", "copy": "prefix"}.get(self.kind, f"accuracy_{self.normalise}")
 
     def prompt(self, index: int, context: str) -> str:
         """Put the few-shot examples of row `index` before its context."""
-        if not self.fewshot:  # else every row would be compared with every other, for nothing
-            return context
         row = self.rows[index]
-        others = (shot for shot in self.shots or self.rows if shot != row)  # nor a copy of it: it holds the answer
-        shown = islice(others, self.fewshot)
-        return "".join(self._solved(shot) + self.separator for shot in shown) + context
+        # Lazily, or every row would be compared with every other; nor a copy of it: it holds the answer.
+        others = (shot for shot in self.shots or self.rows if shot != row)
+        return "".join(self._solved(shot) + "\n\n" for shot in islice(others, self.fewshot)) + context
 
     def _solved(self, row: dict) -> str:
         before, after = options(row)[row.get("gold", 0)]
@@ -135,13 +121,7 @@ def pairs(task: Task, index: int) -> list[tuple[str, str]]:
 
 
 def requests(task: Task, tokenizer: Any, max_length: int) -> tuple[list[Encoded], list[int]]:
-    """All requests of a task as tokens, and the row that each belongs to.
-
-    Raises
-    ------
-    SuiteError
-        An answer that is longer than the model's window, or has no token; names the task.
-    """
+    """All requests of a task as tokens, and the row that each belongs to; a SuiteError of `encode` names the task."""
     asked = [pairs(task, index) for index in range(len(task.rows))]
     owner = [index for index, made in enumerate(asked) for _ in made]
     try:
@@ -150,20 +130,18 @@ def requests(task: Task, tokenizer: Any, max_length: int) -> tuple[list[Encoded]
         raise SuiteError(f"Task {task.name!r}: {error}") from error
 
 
-def measures(task: Task, owner: Sequence[int], outcomes: Outcomes) -> dict[str, np.ndarray]:
-    """Every measure of a task, [examples] float64 each, in the order of its rows."""
-    if task.kind != "multiple_choice":  # a request a row
-        exact = (outcomes.matched == outcomes.length).astype(float)
-        found = {"exact": exact, "loglikelihood": outcomes.loglikelihood / outcomes.length}
-        return found if task.kind == "cloze" else {"prefix": outcomes.matched / outcomes.length, **found}
-    raw, by_bytes = np.empty(len(task.rows)), np.empty(len(task.rows))
-    starts = np.searchsorted(owner, np.arange(len(task.rows)))
-    for index, (row, start) in enumerate(zip(task.rows, starts)):
-        sizes = np.array([len(answer.encode("utf-8")) for _, answer in options(row)], float)
-        found = outcomes.loglikelihood[start : start + len(sizes)]
-        raw[index] = float(int(found.argmax()) == row["gold"])
-        by_bytes[index] = float(int((found / sizes).argmax()) == row["gold"])
-    return {"accuracy_raw": raw, "accuracy_bytes": by_bytes}
+def example_scores(task: Task, owner: Sequence[int], outcomes: Outcomes) -> np.ndarray:
+    """Score of each example of a task, [rows] float64; `owner` is the row of each request."""
+    if task.kind == "cloze":  # a request a row
+        return (outcomes.matched == outcomes.length).astype(float)
+    if task.kind == "copy":
+        return outcomes.matched / outcomes.length
+    found = outcomes.loglikelihood
+    if task.normalise == "bytes":
+        answers = [answer for row in task.rows for _, answer in options(row)]
+        found = found / [len(answer.encode("utf-8")) for answer in answers]  # [requests]
+    ends = np.searchsorted(owner, np.arange(1, len(task.rows)))  # where the next row's requests begin
+    return np.array([float(part.argmax() == row["gold"]) for row, part in zip(task.rows, np.split(found, ends))])
 
 
 # -------------------------------------------------------------------- rows
@@ -174,19 +152,13 @@ _PLAIN = {"context": str, "continuation": str}
 
 
 def check_row(row: Any, where: str, kind: str | None = None) -> tuple[str, dict]:
-    """Check a row; return its kind (guessed by its fields, where none is given) and the fields that this kind has.
-
-    Raises
-    ------
-    SuiteError
-        Says what is wrong with the row, and where it stands.
-    """
+    """Check a row; return its kind (guessed by its fields, where none is given) and the fields that this kind has."""
     if not isinstance(row, dict):
         raise SuiteError(f"{where}: a row is a JSON object, not {type(row).__name__}.")
     if kind is None:
         choices = {"query", "choices"} <= row.keys() or "context_options" in row
         kind = "multiple_choice" if choices else "cloze" if row.keys() >= _PLAIN.keys() else None
-    if kind is None:
+    if kind not in KINDS:
         raise SuiteError(
             f"{where}: the fields {', '.join(row) or '(none)'} are of no known kind. A row is "
             "{query, choices, gold}, {context_options, continuation, gold} or {context, continuation}."
@@ -215,18 +187,7 @@ def _problems(row: dict, shape: dict[str, type]) -> Iterator[str]:
 
 
 def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:
-    """Read and check a task file.
-
-    Parameters
-    ----------
-    path : Path
-        One JSON object a line.
-    kind : str, optional
-        By default guessed by the first row.
-
-    Returns
-    -------
-    kind, rows
+    """Read a task file, one JSON object a line: (kind, rows), the kind guessed by the first row where none is given.
 
     Raises
     ------

@@ -38,36 +38,30 @@ def evaluate_steps(
     canaries: bool = False,
     speed: bool = True,
     batch_size: int = 8,
-    teacher_record: dict[str, Any] | Evaluation | None = None,
+    teacher_record: dict[str, Any] | None = None,
     cache: Any = None,
-    seed: int = 0,
 ) -> Work[Evaluation]:
     """Evaluate a student against its teacher, step by step.
 
     Parameters
     ----------
-    student, teacher : LayerStack
-        They may be one and the same.
     blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
         Text for perplexity, KL and agreement: the eval split.
     tokenizer
         Needed for `suite` and `canaries`.
     suite : str or Suite, optional
-        What `ildlab.evaluate.suites.load_suite` takes: a name, a YAML file, `"file:rows.jsonl"`,
-        `"lm-eval:arc_easy,piqa"`.
+        What `ildlab.evaluate.suites.load_suite` takes.
     canaries : bool
         Score the shipped probes as well (copying, arithmetic, brackets; 20 rows each).
     speed : bool
         Time the generation of both, in turns.
     batch_size : int
         Blocks in one pass.
-    teacher_record : dict or Evaluation, optional
-        An earlier evaluation (or its `teacher_record()`) beside the same teacher: its suite and
-        canary scores are taken over where they stand for the same tasks.
+    teacher_record : dict, optional
+        `Evaluation.teacher_record` of an earlier evaluation beside the same teacher: its suite and canary
+        scores are taken over where they stand for the same tasks.
     cache : path, optional
-        Folder where suite results are kept by model fingerprint.
-    seed : int
-        Of the bootstrap.
+        As in `ildlab.evaluate.suites.suite_steps`.
 
     Raises
     ------
@@ -85,19 +79,19 @@ def evaluate_steps(
     if canaries:
         wanted["canaries"] = load_suite("canaries", limit=CANARIES)
 
-    figures = yield from _text_steps(student, teacher, rows, batch_size, seed)
+    figures = yield from _text_steps(student, teacher, rows, batch_size)
     if speed:
         yield Progress(0, 1, "generation speed")
         same = student.model is teacher.model
         rate, other = generation_speed(student, None if same else teacher, rows.tokens)
         figures |= {"tokens_per_second": rate, "teacher_tokens_per_second": rate if same else other}
 
-    record = teacher_record.teacher_record() if isinstance(teacher_record, Evaluation) else teacher_record or {}
     same = shared_prefix(student, teacher) == len(student) == len(teacher)
     for name, asked in wanted.items():
         mine = yield from suite_steps(student, tokenizer, asked, cache=cache)
-        theirs = mine if same else _recorded(record.get(f"teacher_{name}"), asked)
-        if theirs is None:
+        kept = (teacher_record or {}).get(f"teacher_{name}")
+        theirs = mine if same else SuiteResult.from_dict(kept) if kept else None
+        if theirs is None or theirs.fingerprint != asked.fingerprint:
             theirs = yield from suite_steps(teacher, tokenizer, asked, cache=cache)
         figures |= {name: mine, f"teacher_{name}": theirs}
     return Evaluation(
@@ -119,7 +113,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def _text_steps(student, teacher, rows: Rows, batch_size: int, seed: int) -> Work[dict[str, Any]]:
+def _text_steps(student, teacher, rows: Rows, batch_size: int) -> Work[dict[str, Any]]:
     """The figures of an `Evaluation` that text gives."""
     sums = np.zeros((len(rows.tokens), 5))  # per block: tokens; sums of NLL, the teacher's NLL, KL, same top token
     for start in range(0, len(rows.tokens), batch_size):
@@ -139,7 +133,7 @@ def _text_steps(student, teacher, rows: Rows, batch_size: int, seed: int) -> Wor
         count, nll, teacher_nll, kl, agreed = sums.sum(0).tolist()
         note = f"text: perplexity {math.exp(nll / count):.2f}, KL {kl / count:.4f}"
         yield Progress(int(picked[-1]) + 1, len(rows.tokens), note)
-    low, high = _kl_interval(sums[:, 3:4] / sums[:, :1], sums[:, 0], seed)
+    low, high = _kl_interval(sums[:, 3:4] / sums[:, :1], sums[:, 0])
     return {
         "perplexity": math.exp(nll / count),
         "teacher_perplexity": math.exp(teacher_nll / count),
@@ -151,12 +145,12 @@ def _text_steps(student, teacher, rows: Rows, batch_size: int, seed: int) -> Wor
     }
 
 
-def _kl_interval(kl: np.ndarray, counts: np.ndarray, seed: int) -> tuple[float, float]:
+def _kl_interval(kl: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """95% interval of the mean of `kl` [N, 1] of N blocks; the mean itself where there is one block."""
     whole = mean(kl, counts)[0]
     if len(kl) == 1:
         return float(whole), float(whole)
-    low, high = interval(whole, means(resamples(len(kl), seed), kl, counts)[:, 0], len(kl))
+    low, high = interval(whole, means(resamples(len(kl)), kl, counts)[:, 0], len(kl))
     return max(0.0, float(low)), float(high)
 
 
@@ -166,9 +160,3 @@ def _sizes(stack: LayerStack, prefix: str) -> dict[str, int]:
         f"{prefix}parameters": sum(p.numel() for p in parameters),
         f"{prefix}bytes": sum(p.numel() * p.element_size() for p in parameters),
     }
-
-
-def _recorded(kept: Any, suite: Any) -> SuiteResult | None:
-    """The teacher's kept result, where it stands for the same tasks."""
-    result = SuiteResult.from_dict(kept) if kept else None
-    return result if result is not None and result.fingerprint == suite.fingerprint else None

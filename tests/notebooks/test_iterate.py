@@ -89,10 +89,14 @@ def test_presets_set_parameters_that_exist(preset, notebook):
     import yaml
 
     from ildlab.distill.config import DistillConfig
+    from ildlab.evaluate import load_suite
 
     values = yaml.safe_load((BATCH / "presets" / f"{preset}.yaml").read_text())
     assert values.keys() <= papermill.inspect_notebook(BATCH / f"{notebook}.ipynb").keys()
     DistillConfig.from_dict({**values["distill"], **values.get("final", {})})
+    by_task = values.get("ablation") == "task"
+    if by_task and not load_suite(values.get("ablation_suite") or values["suite"]).swept:
+        assert values["race"] is False  # what is evaluated as a whole cannot stop early
 
 
 @pytest.mark.parametrize("arguments", [["preset=demos"], ["target_layers"]])
