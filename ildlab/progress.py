@@ -6,10 +6,12 @@ close it at any yield. Nothing else knows about threads or bars.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -134,3 +136,24 @@ def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
         work.close()
         if bar is not None:
             bar.close()
+
+
+def blocking(steps: Callable[..., Work[T]]) -> Callable[..., T]:
+    """Make the plain call `x` of a generator `x_steps`: it runs to the end, with a bar (`show`), and returns the result.
+
+    Signature and documentation are those of the generator, so that they are written once.
+    """
+    name = steps.__name__.removesuffix("_steps")
+
+    @wraps(steps)
+    def call(*args, show: bool | None = None, **options):
+        return drive(steps(*args, **options), desc=name, show=show)
+
+    call.__name__, call.__qualname__ = name, steps.__qualname__.removesuffix("_steps")
+    signature = inspect.signature(steps)
+    bar = inspect.Parameter("show", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="bool | None")
+    call.__signature__ = signature.replace(
+        parameters=sorted([*signature.parameters.values(), bar], key=lambda each: each.kind),  # **options stay last
+        return_annotation=str(signature.return_annotation).removeprefix("Work[").removesuffix("]"),
+    )
+    return call

@@ -61,10 +61,10 @@ def tiny():
 @pytest.fixture
 def short_speed(monkeypatch):
     """Generation is timed over a few tokens: what it gives is not what is tested."""
-    from ildlab.evaluate import generation
+    import ildlab.evaluate.text_quality as module
 
-    real = generation.generation_speed
-    monkeypatch.setattr(generation, "generation_speed", lambda *a: real(*a, new_tokens=2, rounds=1))
+    real = module.generation_speed
+    monkeypatch.setattr(module, "generation_speed", lambda *a: real(*a, new_tokens=2, rounds=1))
 
 
 @pytest.fixture(scope="session")

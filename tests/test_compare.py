@@ -9,7 +9,7 @@ import pytest
 from ildlab.errors import SessionError
 from ildlab.evaluate.suites import load_suite
 from ildlab.model.load import LoadedModel
-from ildlab.plots import suites as plots_suites
+from ildlab.plots import curves as plots_curves
 from ildlab.progress import drive
 from ildlab.session.methods import METHODS, compare_steps, curve, published_curves, task_columns
 from ildlab.session.session import PruningSession
@@ -63,11 +63,11 @@ def test_every_method_has_a_curve_and_goes_on_where_it_stopped(table, loaded):
 
 
 def test_the_teacher_is_scored_once(loaded, text_file, tmp_path, monkeypatch):
-    import ildlab.evaluate.suites as suites
+    from ildlab.evaluate.suites import Suite
 
     scored = []
-    real = suites._own_steps
-    monkeypatch.setattr(suites, "_own_steps", lambda stack, *a: scored.append(len(stack)) or real(stack, *a))
+    real = Suite.steps
+    monkeypatch.setattr(Suite, "steps", lambda suite, stack, *a: scored.append(len(stack)) or real(suite, stack, *a))
     chosen = ["shortgpt", "iterative_block_influence"]
     settings = {"text": str(text_file), **SETTINGS, "evaluate_every": 1}
     table = drive(compare_steps(tmp_path, loaded, remove=1, methods=chosen, **settings))
@@ -83,14 +83,14 @@ def test_a_run_goes_on_only_with_its_own_settings(loaded, text_file, tmp_path):
         return compare_steps(tmp_path, loaded, remove=1, methods=[name], **{**settings, **changes})
 
     # Stopped in the middle of its distillation: what was trained so far is no whole distillation.
-    work = run(train_tokens=4096)
+    work = run(train_tokens=1024)
     with PruningSession.create(
         tmp_path / name,
         loaded,
         metric="block_influence",
         suite="mini7@1",
         text=str(text_file),
-        **{**{k: v for k, v in SETTINGS.items() if k not in ("suite", "evaluate_every")}, "train_tokens": 4096},
+        **{**{k: v for k, v in SETTINGS.items() if k not in ("suite", "evaluate_every")}, "train_tokens": 1024},
     ) as session:
         session.measure()
         session.remove()
@@ -101,7 +101,7 @@ def test_a_run_goes_on_only_with_its_own_settings(loaded, text_file, tmp_path):
     with PruningSession.open(tmp_path / name, loaded) as session:
         found = ["stopped_at" in step.result for step in session.path if step.action == "distill"]
     assert found == [True, False]
-    with pytest.raises(SessionError, match="train_tokens was 4096, now 128"):
+    with pytest.raises(SessionError, match="train_tokens was 1024, now 128"):
         drive(run(train_tokens=128))
 
 
@@ -143,12 +143,12 @@ def test_rows_that_chose_nothing_have_an_aggregate_of_their_own(loaded, text_fil
 
 def test_figures(table):
     _, curves = table
-    ax = plots_suites.methods(curves)
+    ax = plots_curves.methods(curves)
     assert isinstance(ax, matplotlib.axes.Axes)
     assert len(ax.get_lines()) == len(METHODS) + 1
-    assert len(plots_suites.methods(published_curves(), over="share_removed").get_lines()) == 6
+    assert len(plots_curves.methods(published_curves(), over="share_removed").get_lines()) == 6
     tasks = ["knowledge", "cloze", "summary"]
-    figure = plots_suites.task_panels(curves, tasks, chance={"knowledge": 0.25})
+    figure = plots_curves.task_panels(curves, tasks, chance={"knowledge": 0.25})
     assert sum(ax.get_visible() for ax in figure.axes) == 3
 
 

@@ -62,6 +62,11 @@ def test_not_finite(error):
     assert "learning rate" in found[0].advice
 
 
+def test_the_first_line_of_an_error_that_begins_with_none():
+    (found,) = diagnose([], errors=["\nThe loss is not finite\nat step 3"])
+    assert found.seen == "The loss is not finite"
+
+
 def test_a_session_that_never_distills_is_told_so(tmp_path, tiny_folder, text_file):
     tasks = tmp_path / "tasks.jsonl"
     rows = [{"query": f"number {i} is", "choices": [f" {i}", f" {i + 1}"], "gold": i % 2} for i in range(8)]

@@ -35,9 +35,9 @@ def naive(stack, tokens):
 def test_figures_equal_a_naive_fp64_run(pair, tokens, monkeypatch):
     import copy
 
-    import ildlab.evaluate.text_quality as module
+    from ildlab.model import head
 
-    monkeypatch.setattr(module, "CHUNK", 7)
+    monkeypatch.setattr(head, "chunk_rows", lambda stack: 7)
     student, teacher = pair
     found = evaluate(student, teacher, tokens, speed=False, batch_size=4)
     mine, theirs = (naive(LayerStack(copy.deepcopy(s.model), s.layer_ids), tokens) for s in pair)
@@ -75,12 +75,20 @@ def test_models_loaded_apart_share_nothing(tiny, tokens):
     assert found.kl > 0.01
 
 
-def test_speed_is_measured_in_turns_and_the_teacher_s_is_kept(pair, tokens):
+def test_speed_is_measured_in_turns_every_time(pair, tokens, monkeypatch):
+    import ildlab.evaluate.speed as speed
+
     student, teacher = pair
     first = evaluate(student, teacher, tokens)
     assert first.tokens_per_second > 0 and first.speed_ratio > 0
+    order, clock = [], iter(range(1000))
+    monkeypatch.setattr(speed, "greedy", lambda model, *_, **__: order.append(model))
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))  # a turn of each takes a second
+    # An earlier evaluation, perhaps of another machine, says nothing of today's speed.
     again = evaluate(student, teacher, tokens, teacher_record=first)
-    assert again.teacher_tokens_per_second == first.teacher_tokens_per_second
+    assert order == [student.model, teacher.model] * 4
+    assert again.tokens_per_second == again.teacher_tokens_per_second == 24
+    assert not any("per_second" in name for name in first.teacher_record())
 
 
 def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, monkeypatch):
@@ -94,7 +102,7 @@ def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, 
     assert first.suite.name == "mini7" and first.teacher_suite.fingerprint == first.suite.fingerprint
     assert first.aggregate == first.suite.aggregate
     calls = []
-    import ildlab.evaluate.suites as module
+    import ildlab.evaluate.text_quality as module
 
     plain = module.suite_steps
     monkeypatch.setattr(module, "suite_steps", lambda stack, *a, **k: calls.append(stack) or plain(stack, *a, **k))
@@ -105,7 +113,11 @@ def test_suites_are_scored_and_the_teacher_s_scores_kept(tiny, teacher, tokens, 
     assert calls == [student]
     assert again.teacher_suite.aggregate == pytest.approx(first.teacher_suite.aggregate, abs=1e-5)
     for form in (first, Evaluation.from_dict(json.loads(json.dumps(first.to_dict())))):
-        assert form.quality_loss == pytest.approx(1 - first.suite.aggregate / first.teacher_suite.aggregate, abs=1e-5)
+        assert (
+            form.loss
+            == form.quality_loss
+            == pytest.approx(1 - first.suite.aggregate / first.teacher_suite.aggregate, abs=1e-5)
+        )
     assert "mini7: knowledge" in first._repr_html_()
 
 
@@ -115,6 +127,7 @@ def test_json_form_and_table(pair, tokens):
     assert "perplexity" in found._repr_html_() and "<table" in found._repr_html_()
     assert len(str(found).splitlines()) == 1 + len(found.summary())
     assert found.quality_loss is None and found.aggregate is None
+    assert found.loss == 1 - found.teacher_perplexity / found.perplexity
 
 
 def test_closing_it_early_leaves_the_student_whole(pair, tokens):
@@ -126,8 +139,18 @@ def test_closing_it_early_leaves_the_student_whole(pair, tokens):
     assert torch.equal(student.model(input_ids=tokens[:1].long()).logits, before)
 
 
+def test_padding_does_not_count(pair, tokens):
+    """Blocks as a mapping: the figures of the same text without its padding."""
+    mask = torch.ones_like(tokens)
+    mask[:, 15:] = 0
+    padded = evaluate(*pair, {"input_ids": tokens, "attention_mask": mask}, speed=False)
+    bare = evaluate(*pair, tokens[:, :15], speed=False)
+    assert padded.tokens == bare.tokens == 6 * 14
+    assert (padded.kl, padded.perplexity) == pytest.approx((bare.kl, bare.perplexity), rel=1e-5)
+
+
 def test_bad_input(pair, tokens):
-    with pytest.raises(TextError, match="2 tokens or more"):
+    with pytest.raises(TextError, match="1 sequence of 2 tokens"):
         evaluate(*pair, tokens[:, :1])
     with pytest.raises(SuiteError, match="needs the tokenizer"):
         evaluate(*pair, tokens, suite="mini7")

@@ -40,7 +40,7 @@ def test_scores(both, blocks, metric):
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"kl_positions": 8}, {"fused": False}])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 1}, {"kl_positions": 8}])
 def test_distillation(both, blocks, options):
     config = DistillConfig(tokens=6 * 4 * 64, learning_rate=1e-3, **options)
     found = []
@@ -84,3 +84,26 @@ def test_the_whole_loop(tiny_folder, text_file, tmp_path, dtype):
         assert session.student.device.type == torch.device(DEVICE).type
         assert len(session.removed) == 2
         session.export(tmp_path / "out")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("second", ["cpu", 1])
+def test_a_model_over_devices(tiny, blocks, teacher, tmp_path, second):
+    """Layers on the GPU, and others in main memory or on a second GPU: the figures of the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    if second == 1 and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = tiny(5, vocab=len(teacher.tokenizer))
+    model.save_pretrained(tmp_path)
+    where = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0}
+    where |= {f"model.layers.{i}": 0 if i < 3 else second for i in range(5)}
+    spread = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=where, dtype=torch.float32).eval()
+    found = []
+    for whole in (LayerStack(model), LayerStack(spread.requires_grad_(False))):
+        student = whole.share()
+        student.remove(1)
+        text = evaluate(student, whole, blocks.tokens, speed=False)
+        scores = [measure(student, blocks.tokens, m, whole).table["score"] for m in ("block_influence", "kl")]
+        found.append([text.kl, text.perplexity, *scores[0], *scores[1]])
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-4)

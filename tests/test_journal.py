@@ -84,13 +84,37 @@ def test_damage_in_the_middle_is_an_error(run):
 
 
 def test_one_writer(run):
-    code = (
-        "import sys; from ildlab.session.journal import Journal; from ildlab.errors import JournalError\n"
-        "try: Journal.open(sys.argv[1])\n"
-        "except JournalError as e: print(e)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code, str(run.folder)], capture_output=True, text=True)
-    assert "one writer" in out.stdout, out
+    run.close()
+    code = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(run.folder / "lock")], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(JournalError, match="one writer"):
+            Journal.open(run.folder)
+        other.communicate("\n")
+    Journal.open(run.folder).close()
+
+
+def test_a_folder_of_a_process_killed_while_creating_is_new(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(path, content):
+        (path.parent / f".{path.stem}.1-2.tmp.json").write_text(content[:3])
+        raise Killed
+
+    monkeypatch.setattr(module, "write_atomic", killed)
+    with pytest.raises(Killed):
+        Journal.create(tmp_path / "run", {"teacher": "t"})
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "lock").exists() and not (tmp_path / "run" / "config.json").exists()
+    Journal.create(tmp_path / "run", {"teacher": "t"}).close()
+    Journal.open(tmp_path / "run").close()
+    other = tmp_path / "other"
+    (other / "weights").mkdir(parents=True)
+    (other / "weights" / "mine.safetensors").write_text("somebody's")
+    with pytest.raises(JournalError, match="not an empty folder"):
+        Journal.create(other, {})
 
 
 def test_the_same_process_takes_over(run):
@@ -138,7 +162,7 @@ def test_disk_full_while_writing_weights(run, monkeypatch):
 
 
 def test_nan_never_reaches_the_journal(run):
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(JournalError, match="NaN"):
         run.append("evaluate", layer_ids=[0], result={"kl": float("nan")})
     assert len((run.folder / "journal.jsonl").read_text().splitlines()) == 1
 

@@ -1,22 +1,31 @@
-"""The bridge to lm-eval: equal log-likelihoods, equal scores, and its tasks in an ablation sweep."""
+"""lm-eval: log-likelihoods equal to its own, its tasks of any kind as suites, and the paper's suite on stand-ins."""
 
+import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import yaml
 
 pytest.importorskip("lm_eval")
 
-from lm_eval import simple_evaluate
+import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from ildlab import measure
-from ildlab.errors import SuiteError
-from ildlab.evaluate.lm_eval import LmEvalSuite, StackLM, _manager
+from ildlab.errors import MeasureError, SuiteError
+from ildlab.evaluate.lm_eval import _tasks
+from ildlab.evaluate.loglikelihood import encode, score_steps, window
+from ildlab.evaluate.results import quality_loss
 from ildlab.evaluate.suites import load_suite, score_suite
+from ildlab.files import data_dir
+from ildlab.model.generate import greedy
 from ildlab.model.stack import LayerStack
+from ildlab.progress import drive
 
 HELDOUT = Path(__file__).resolve().parents[2] / "shared" / "heldout"
 
@@ -26,8 +35,9 @@ def stack(tiny, teacher):
     return LayerStack(tiny(3, vocab=len(teacher.tokenizer)))
 
 
-def requests(pairs):
-    return [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+@pytest.fixture(autouse=True)
+def data_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 def hflm(model, tokenizer):
@@ -35,17 +45,36 @@ def hflm(model, tokenizer):
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8, softmax_dtype="float64")
 
 
+def write_task(folder: Path, name: str, rows: list[dict], **settings) -> None:
+    """A task of lm-eval's whose rows lie beside it."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
+    config = {"task": name, **data, "test_split": "test", **settings}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
+
+
+def metric(name: str) -> dict:
+    return {"metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True}]}
+
+
+def equal_to_hflm(teacher, pairs):
+    stack = LayerStack(teacher.model)
+    contexts = list(dict.fromkeys(context for context, _ in pairs))
+    encoded = encode(teacher.tokenizer, pairs, window(stack, teacher.tokenizer))
+    mine = drive(score_steps(stack, encoded, [contexts.index(context) for context, _ in pairs]))
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    theirs = hflm(teacher.model, teacher.tokenizer).loglikelihood(requests, disable_tqdm=True)
+    np.testing.assert_allclose(mine.loglikelihood, [ll for ll, _ in theirs], atol=1e-4, rtol=0)
+    assert (mine.matched == mine.length).tolist() == [hit for _, hit in theirs]
+
+
 def test_log_likelihoods_equal_hflm_on_the_real_model(teacher):
     pairs = [
         ("Question: Which gas do plants take in?\nAnswer:", f" {choice}")
         for choice in ("carbon dioxide", "oxygen", "helium", "carbon monoxide")
     ]
-    pairs += [("", "An empty context."), ("The woman sat down because ", "she was tired.")]
-    mine = StackLM(LayerStack(teacher.model), teacher.tokenizer).loglikelihood(requests(pairs))
-    theirs = hflm(teacher.model, teacher.tokenizer).loglikelihood(requests(pairs), disable_tqdm=True)
-    for (a, hit), (b, greedy) in zip(mine, theirs):
-        assert a == pytest.approx(b, abs=1e-4)
-        assert hit == greedy
+    equal_to_hflm(teacher, [*pairs, ("", "An empty context."), ("The woman sat down because ", "she was tired.")])
 
 
 @pytest.mark.skipif(not HELDOUT.is_dir(), reason="needs the held-out files")
@@ -53,93 +82,238 @@ def test_log_likelihoods_equal_hflm_on_the_real_model(teacher):
 def test_log_likelihoods_equal_hflm_on_held_out_requests(teacher, file, count):
     rows = [json.loads(line) for line in (HELDOUT / f"{file}.jsonl").read_text().splitlines()[:count]]
     tail = "\nAnswer:" if file == "arc_easy" else ""
-    pairs = [(row["query"] + tail, " " + choice) for row in rows for choice in row["choices"]]
-    mine = StackLM(LayerStack(teacher.model), teacher.tokenizer).loglikelihood(requests(pairs))
-    theirs = hflm(teacher.model, teacher.tokenizer).loglikelihood(requests(pairs), disable_tqdm=True)
-    np.testing.assert_allclose([a for a, _ in mine], [b for b, _ in theirs], atol=1e-4, rtol=0)
+    equal_to_hflm(teacher, [(row["query"] + tail, " " + choice) for row in rows for choice in row["choices"]])
 
 
-def test_rolling_log_likelihood_and_generation_equal_hflm(teacher):
-    ours, theirs = (StackLM(LayerStack(teacher.model), teacher.tokenizer), hflm(teacher.model, teacher.tokenizer))
-    ours.max_length = theirs._max_length = 16
-    rolling = [Instance("loglikelihood_rolling", {}, ("A text that is longer than one window. " * 4,), 0)]
-    assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(
-        theirs.loglikelihood_rolling(rolling, disable_tqdm=True)[0], abs=1e-3
-    )
-    ours.max_length = theirs._max_length = 64
-    # White space counts, at both ends; a stop at the very beginning leaves nothing; other names of the length.
-    asked = [
-        Instance("generate_until", {}, (prompt, settings), number)
-        for number, (prompt, settings) in enumerate(
-            [
-                ("One, two, three,", {"until": [","], "max_gen_toks": 4}),
-                ("Question: What is the capital of France?\nAnswer:", {"until": ["\n"], "max_new_tokens": 6}),
-                ("List:\n1. apples\n2. pears\n3.", {"until": ["\n", " "], "max_gen_toks": 5}),
-            ]
-        )
-    ]
-    mine, their = ours.generate_until(asked), theirs.generate_until(asked, disable_tqdm=True)
-    assert mine == their
-    assert mine[0].startswith(" ") and mine[2] == ""
-
-
-def test_shipped_yaml_gives_our_scores_under_plain_hflm(teacher):
+def test_our_tasks_have_the_same_scores_under_lm_eval(teacher, tmp_path):
     stack = LayerStack(teacher.model)  # a random model scores 0 in most tasks, and 0 = 0 shows nothing
-    names = ["knowledge", "commonsense", "grammar", "cloze", "copy_paragraph", "copy_document", "summary"]
     suite = load_suite("mini7", limit=2)
+    for task in suite.tasks:
+        if task.kind == "multiple_choice":
+            texts = {"doc_to_text": "{{query}}", "doc_to_choice": "choices", "doc_to_target": "gold"}
+            delimiter = " " if task.rows[0]["query"] else ""
+            settings = {"output_type": "multiple_choice", "target_delimiter": delimiter, **texts}
+            settings |= metric("acc_bytes" if task.normalise == "bytes" else "acc")
+        else:  # lm-eval puts no delimiter before the answer of a loglikelihood task
+            texts = {"doc_to_text": "{{context}}", "doc_to_target": "{{' ' + continuation}}"}
+            settings = {"output_type": "loglikelihood", "target_delimiter": "", **texts, **metric("acc")}
+        write_task(tmp_path / "tasks", f"of_{task.name}", task.rows, **settings)
+    group = {"group": "of_mini7", "task": [f"of_{task.name}" for task in suite.tasks]}
+    (tmp_path / "tasks" / "of_mini7.yaml").write_text(yaml.safe_dump(group))
     ours = score_suite(stack, teacher.tokenizer, suite)
-    found = simple_evaluate(
-        model=hflm(stack.model, teacher.tokenizer),
-        tasks=["mini7"],
-        limit=2,
-        bootstrap_iters=0,
-        task_manager=_manager(["mini7"]),
-    )["results"]
+    theirs = score_suite(stack, teacher.tokenizer, tmp_path / "tasks" / "of_mini7.yaml")
     scores = []
-    for name in names:
-        task, theirs = ours.tasks[name], found[f"mini7_{name}"]
-        measures = {task.measure: task.score, **task.others}
-        pairs = {"accuracy_raw": "acc", "accuracy_bytes": "acc_bytes", "exact": "acc"}
-        compared = [
-            (measures[m], theirs[f"{lm},none"]) for m, lm in pairs.items() if m in measures and f"{lm},none" in theirs
-        ]
-        assert compared
-        # The measure that decides is the one that lm-eval has too; of copying it has the exact answers alone.
-        assert name.startswith("copy") or compared[0][0] == task.score
-        for mine, their in compared:
-            assert mine == pytest.approx(their, abs=1e-6), name
-        scores += [mine for mine, _ in compared]
+    for name, task in ours.tasks.items():
+        found = theirs.tasks[f"of_{name}"]
+        mine = task.others["exact"] if task.measure == "prefix" else task.score
+        assert found.score == pytest.approx(mine, abs=1e-6), name
+        assert found.chance == pytest.approx(task.chance)
+        scores.append(mine)
     assert sum(0 < score for score in scores) >= 5
 
 
-def test_lm_eval_tasks_are_suites(stack, teacher, tmp_path):
-    suite = load_suite("lm-eval:mini7_knowledge,mini7_cloze", limit=5)
-    found = score_suite(stack, teacher.tokenizer, suite, cache=tmp_path)
-    ours = score_suite(stack, teacher.tokenizer, load_suite("mini7", limit=5))
-    assert found.tasks["mini7_knowledge"].score == ours.tasks["knowledge"].score
-    assert found.tasks["mini7_knowledge"].chance == 0.25
-    assert found.tasks["mini7_cloze"].score == ours.tasks["cloze"].score
-    assert len(list(tmp_path.glob("*.json"))) == 1
+@pytest.fixture
+def generating(tmp_path):
+    """A task that generates: the first words after a prompt."""
+    rows = [{"question": "One, two, three,", "answer": "four"}, {"question": "The sky is", "answer": "x"}]
+    settings = {"until": [","], "max_gen_toks": 6, "do_sample": False}
+    write_task(
+        tmp_path / "tasks",
+        "goes_on",
+        rows,
+        output_type="generate_until",
+        doc_to_text="{{question}}",
+        doc_to_target="answer",
+        generation_kwargs=settings,
+        filter_list=[
+            {"name": "bare", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
+            {"name": "as_is", "filter": [{"function": "take_first"}]},
+        ],
+        **metric("exact_match"),
+    )
+    return tmp_path / "tasks" / "goes_on.yaml"
 
 
-def test_lm_eval_requests_go_through_the_sweep(stack, teacher):
-    suite = LmEvalSuite.of("mini7_knowledge,mini7_cloze").take(4)
-    scores = measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
-    whole = score_suite(stack, teacher.tokenizer, suite).aggregate
-    assert scores.details["whole"] == pytest.approx(whole, abs=1e-12)
-    pruned = stack.share()
-    pruned.remove(1)
-    want = score_suite(pruned, teacher.tokenizer, suite).aggregate
-    assert scores.table.score[1] == pytest.approx(whole - want, abs=1e-12)
+def test_generation_is_greedy_whatever_the_checkpoint_says(teacher, generating):
+    model = copy.deepcopy(teacher.model)
+    model.generation_config.update(num_beams=2, num_return_sequences=2, return_dict_in_generate=True, do_sample=True)
+    before, tokenizer = model.generation_config, copy.deepcopy(teacher.tokenizer)
+    tokenizer.pad_token = None
+    stack = LayerStack(model)
+    found = score_suite(stack, tokenizer, generating)
+    assert found.tasks["goes_on"].values == [1.0, 0.0]
+    assert found.notes == ["goes_on: answers by the filter 'bare' of bare, as_is."]
+    assert model.generation_config is before and tokenizer.pad_token is None  # nothing is left behind
+    ids = tokenizer("One, two, three,", return_tensors="pt").input_ids
+    assert tokenizer.decode(greedy(model, ids, tokens=1)[0, -1]).strip() == "four"
 
 
-def test_unknown_and_unreachable_tasks(stack, teacher, monkeypatch):
+def test_a_student_is_scored_as_it_is_and_stays_so(stack, teacher, generating, tmp_path):
+    student = stack.share()
+    student.remove(1)
+    ids = torch.tensor([[5, 6, 7]])
+    before = student.model(ids).logits
+    suite = load_suite(f"{generating}@1")
+    found = score_suite(student, teacher.tokenizer, suite, cache=tmp_path / "kept")
+    assert found.tasks["goes_on"].n == 1
+    assert torch.equal(student.model(ids).logits, before)
+    assert student.model.get_output_embeddings().weight is stack.model.get_output_embeddings().weight
+    assert len(list((tmp_path / "kept").glob("*.json"))) == 1
+    assert score_suite(student, teacher.tokenizer, suite, cache=tmp_path / "kept").fingerprint == suite.fingerprint
+
+
+def test_bits_per_byte_are_of_all_text_together(teacher, tmp_path):
+    rows = [{"text": "The mill stood by the river."}, {"text": "An old oak."}]
+    write_task(
+        tmp_path / "tasks",
+        "text",
+        rows,
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte"}],
+    )
+    found = score_suite(LayerStack(teacher.model), teacher.tokenizer, tmp_path / "tasks" / "text.yaml").tasks["text"]
+    nats = 0.0
+    for row in rows:
+        ids = teacher.tokenizer(row["text"], return_tensors="pt").input_ids
+        given = torch.cat([torch.tensor([[teacher.tokenizer.bos_token_id]]), ids], 1)
+        logp = teacher.model(given).logits[0, :-1].double().log_softmax(-1)
+        nats -= float(logp.gather(1, ids[0, :, None]).sum())
+    size = sum(len(row["text"].encode()) for row in rows)
+    assert found.score == pytest.approx(nats / math.log(2) / size, rel=1e-4)
+    assert found.share == pytest.approx(1 - found.score / 8)
+
+
+def test_cut_contexts_are_noted_and_a_nan_is_an_error(stack, teacher, tmp_path):
+    rows = [{"context": "word " * 400, "answer": " end"}]
+    texts = {"doc_to_text": "{{context}}", "doc_to_target": "{{answer}}", "target_delimiter": ""}
+    write_task(tmp_path / "tasks", "far", rows, output_type="loglikelihood", **texts, **metric("acc"))
+    found = score_suite(stack, teacher.tokenizer, tmp_path / "tasks" / "far.yaml")
+    assert found.tasks["far"].truncated == 1 and "cut from the left" in found.notes[0]
+    broken = stack.share()
+    broken.own([1])
+    with torch.no_grad():
+        for parameter in broken.layers[1].parameters():
+            parameter.fill_(float("nan"))
+    write_task(
+        tmp_path / "tasks",
+        "nan",
+        [{"text": "A text."}],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+        metric_list=[{"metric": "bits_per_byte"}],
+    )
+    with pytest.raises(SuiteError, match="not a finite number"):
+        score_suite(broken, teacher.tokenizer, tmp_path / "tasks" / "nan.yaml")
+
+
+def test_a_sweep_refuses_it(stack, teacher, generating):
+    suite = load_suite(generating)
+    assert not suite.swept and suite.name == "goes_on"
+    with pytest.raises(MeasureError, match="by itself"):
+        measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
+
+
+def test_its_name_follows_its_files(generating):
+    suite = load_suite(generating)
+    assert load_suite(generating).fingerprint == suite.fingerprint != suite.take(1).fingerprint
+    for name in ("goes_on.jsonl", "_included"):
+        before = load_suite(generating).fingerprint
+        (generating.parent / name).write_text("{}")
+        assert load_suite(generating).fingerprint != before
+
+
+def test_unknown_and_unreachable_tasks(stack, teacher, tmp_path, monkeypatch):
     with pytest.raises(SuiteError, match="no task arc_eazy"):
         load_suite("lm-eval:arc_eazy")
+    write_task(tmp_path / "tasks", "away", [], output_type="loglikelihood")
 
-    def offline(**_):
+    def offline(*_, **__):
         raise ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub")
 
-    monkeypatch.setattr("lm_eval.simple_evaluate", offline)
-    with pytest.raises(SuiteError, match="come from the Hub"):
-        score_suite(stack, teacher.tokenizer, load_suite("lm-eval:arc_easy", limit=1))
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(SuiteError, match="(?s)could not load.*come from the Hub"):
+        score_suite(stack, teacher.tokenizer, tmp_path / "tasks" / "away.yaml")
+
+
+# ------------------------------------------------------------- paper7
+
+
+def stand_in(name: str, configs: dict) -> None:
+    """A copy of a Hub data set below the working directory: jsonl files and the card that names them."""
+    folder = Path(name)
+    folder.mkdir(parents=True)
+    card = ["---", "configs:"]
+    for config, splits in configs.items():
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            file = f"{config}-{split}.jsonl"
+            (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            card += [f"  - split: {split}", f"    path: {file}"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+
+
+def test_paper7_on_local_stand_ins_of_the_same_schema(tmp_path, tiny, teacher, monkeypatch):
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    monkeypatch.chdir(tmp_path)
+    rows = load_yaml(data_dir() / "suites" / "paper7" / "mmlu_en.yaml")["custom_dataset"].__globals__
+    assert len(rows["SUBJECTS"]) == 57
+    question = [
+        {
+            "question_en": f"Question {i}?",
+            "choices_en": ["w", "x", "y", "z"],
+            "answer": i % 4,
+            "question_ru": f"Вопрос {i}?",
+            "choices_ru": ["а", "б", "в", "г"],
+        }
+        for i in range(6)
+    ]
+    examples = [{**row, "question_en": f"Example {i}?"} for i, row in enumerate(question)]
+    for name in ("mmlu_en", "mmlu_ru"):
+        for subject in rows["SUBJECTS"]:
+            for split, made in (("test", question), ("dev", examples)):
+                file = Path("NLPCoreTeam", name, subject, split, "0000.parquet")
+                file.parent.mkdir(parents=True)
+                datasets.Dataset.from_list(made).to_parquet(file)
+    summary = [{"src_sents": ["Одно.", "Два."], "summary_sents": ["Три."]}] * 6
+    stand_in("dichspace/daru_treeway_eval", {"default": {"test": summary[:1], "prompt": summary}})
+    text = [{"inputs": {"text": f"Текст номер {i} для копии."}} for i in range(6)]
+    flores = [{"inputs": {"en": "A cat.", "ru": "Кот."}}] * 6
+    made = {"cp_doc_ru": text, "cp_para_ru": text, "flores": flores}
+    stand_in("RefalMachine/darumeru", {config: {"test": r[:1], "prompt": r} for config, r in made.items()})
+
+    model = tiny(2, vocab=len(teacher.tokenizer))
+    model.config.max_position_embeddings = 2048
+    model.generation_config.eos_token_id = list(range(len(teacher.tokenizer)))  # any token ends an answer
+    suite = load_suite("paper7", limit=2)
+    found = score_suite(LayerStack(model), teacher.tokenizer, suite)
+    names = "mmlu_en mmlu_ru summary_ru copy_document_ru copy_paragraph_ru en_ru ru_en".split()
+    assert list(found.tasks) == [f"paper7_{name}" for name in names]
+    assert [task.measure for task in found.tasks.values()] == [
+        "acc",
+        "acc",
+        "rougeL",
+        "acc",
+        "acc",
+        "rougeL",
+        "rougeL",
+    ]
+    assert found.tasks["paper7_mmlu_en"].chance == 0.25 and 0 <= found.aggregate <= 1
+
+    tasks = _tasks(suite.names, suite.folder, suite.fingerprint)
+    docs = list(tasks["paper7_mmlu_en"].test_docs())
+    assert len(docs) == 6 * 57
+    prompt = docs[1]["prompt"]  # of the second subject
+    assert prompt.startswith("The following are multiple choice questions (with answers) about anatomy.\n\nExample 0?")
+    assert prompt.count("Answer:") == 6 and prompt.endswith("Question 0?\nA. w\nB. x\nC. y\nD. z\nAnswer:")
+    assert "Answer: B\n\nExample 2?" in prompt
+    asked = tasks["paper7_copy_document_ru"].instances[0].args
+    assert asked[0].count("Копия:") == 6 and asked[0].endswith("Копия:") and asked[1] == " Текст номер 0 для копии."
+    asked = tasks["paper7_ru_en"].instances[0].args
+    assert asked[0].count("Кот.\nПеревод: A cat.") == 5 and asked[0].endswith("Перевод:")
+    doc = next(iter(tasks["paper7_en_ru"].test_docs()))
+    assert rows["rouge_l"](doc, ["большой кот"])["rougeL"] == pytest.approx(2 / 3)
+    assert quality_loss(found, found).value == 0 if found.aggregate else True

@@ -148,6 +148,21 @@ def test_quality_has_both_lines_and_the_parameters():
         plots.quality(table.drop(columns="n_removed"))
 
 
+def test_quality_of_a_history_is_that_before_and_after_distillation():
+    table = pd.DataFrame(
+        {
+            "n_removed": [0, 1, 2, 3],
+            "perplexity": [43.0, 45.0, 49.0, np.nan],
+            "perplexity_pruned": [np.nan, 50.0, 52.0, 60.0],
+            "perplexity_undistilled": [np.nan, 50.0, 58.0, np.nan],
+        }
+    )
+    before, after, teacher = plots.quality(table).lines
+    assert before.get_ydata().tolist() == [43, 50, 58, 60] and after.get_ydata().tolist() == [43, 45, 49]
+    assert teacher.get_ydata()[0] == 43
+    assert plots.quality(table, teacher=40.0).lines[2].get_ydata()[0] == 40
+
+
 def test_png_is_transparent_and_twice_the_size(scores):
     from PIL import Image
 

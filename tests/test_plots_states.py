@@ -196,5 +196,3 @@ def test_profiles_lie_on_relative_depth():
     assert own.get_xdata().tolist() == [0, 0.5, 1] and theirs.get_xdata()[-1] == 1
     assert own.get_marker() != theirs.get_marker()
     assert [t.get_text() for t in ax.texts] == ["least: 1", "least: 1"]
-    ax = plots.profile_beside(scores([0.5, 0.1, 0.2]), PUBLISHED, n_layers=5)
-    assert ax.lines[0].get_xdata().tolist() == [0, 0.25, 0.5]

@@ -213,3 +213,61 @@ def test_html_shows_removed_layers(tiny):
     stack.remove(2)
     html = stack._repr_html_()
     assert "layer 2 (removed)" in html and 'title="layer 3"' in html
+
+
+def passes(monkeypatch, model) -> list[int]:
+    """A list that grows by one whenever a model of this class runs."""
+    seen: list[int] = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda self, *a, **k: seen.append(1) or forward(self, *a, **k))
+    return seen
+
+
+def test_a_share_is_not_proven_again(tiny, monkeypatch):
+    """The same modules: what was proven of them holds. With disk offload each proof would load all weights."""
+    model = tiny(4)
+    seen = passes(monkeypatch, model)
+    teacher = LayerStack(model)
+    assert len(seen) == 3  # the model, the embedding in front of the replay, the tail behind it
+    student = teacher.share()
+    student.remove(1)
+    student.share()
+    assert len(seen) == 3
+    assert student.layer_ids == [0, 2, 3] and teacher.layer_ids == [0, 1, 2, 3]
+    assert teacher.share().layers[0].mlp.up_proj.weight is teacher.layers[0].mlp.up_proj.weight
+
+
+@pytest.mark.parametrize("part", ["model.embed_tokens", "model.norm", "lm_head"])
+def test_a_student_that_differs_outside_its_layers_shares_nothing(tiny, part):
+    """It had a KL of 0 and the teacher's perplexity: equal layers are not an equal model."""
+    from ildlab.evaluate.text_quality import evaluate
+
+    teacher = LayerStack(tiny(3))
+    student = teacher.share()
+    assert shared_prefix(student, teacher) == 3
+    module = student.model.get_submodule(part)
+    module.weight = nn.Parameter(module.weight.detach() * torch.linspace(0.2, 2, module.weight.shape[-1]), False)
+    assert shared_prefix(student, teacher) == 0
+    found = evaluate(student, teacher, torch.arange(60).reshape(3, 20), speed=False)
+    assert found.kl > 0.01 and found.perplexity != pytest.approx(found.teacher_perplexity)
+
+
+def test_the_fingerprint_is_kept_while_weights_do_not_change(tiny, monkeypatch):
+    from ildlab.model import fingerprints
+
+    made = []
+    digest = fingerprints._digest
+    monkeypatch.setattr(fingerprints, "_digest", lambda *a: made.append(1) or digest(*a))
+    stack = LayerStack(tiny(3))
+    name = fingerprints.fingerprint(stack)
+    assert fingerprints.fingerprint(stack) == name and len(made) == 1
+    twin = stack.share()
+    assert fingerprints.fingerprint(twin) == name
+    twin.remove(1)
+    assert fingerprints.fingerprint(twin) != name
+    stack.layers[0].mlp.up_proj.weight.mul_(1.5)  # in place, as an optimizer does
+    assert fingerprints.fingerprint(stack) != name
+    whole = LayerStack(tiny(3, dtype=torch.bfloat16))
+    in_fp32 = LayerStack(tiny(3, dtype=torch.bfloat16).float())
+    assert fingerprints.fingerprint(whole) != fingerprints.fingerprint(in_fp32)
+    assert fingerprints.fingerprint(whole, any_dtype=True) == fingerprints.fingerprint(in_fp32, any_dtype=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import random
+import re
 import threading
 import time
 
@@ -79,7 +81,7 @@ def test_the_whole_flow(stepper, session, tmp_path):
 
 def test_what_if_changes_words_and_nothing_else(stepper, session):
     before = logits(session.student)
-    stepper.try_it.click()
+    stepper.what_if.click()
     whole = stepper.answers.value
     stepper.strip.select(2)
     stepper.toggle.click()
@@ -106,13 +108,13 @@ def test_errors_are_words_and_lose_nothing(stepper, session):
     assert stepper.failed is not None and "nothing is lost" in stepper.status.value
     assert session.removed == [1] and session.journal.head.action == "remove"
     stepper.prompt.value = ""
-    stepper.try_it.click()
+    stepper.what_if.click()
     assert "prompt is empty" in stepper.status.value
 
 
 def test_html_in_names_and_prompts_is_text(stepper):
     stepper.prompt.value = "<script>alert(1)</script>"
-    stepper.try_it.click()
+    stepper.what_if.click()
     assert "<script>" not in stepper.answers.value and "&lt;script&gt;" in stepper.answers.value
     stepper._say("<b>x</b>")
     assert "&lt;b&gt;x" in stepper.status.value
@@ -124,7 +126,7 @@ def test_direct_actions_hold_the_worker(session, monkeypatch):
     real = session.remove
 
     def remove(layer_id):
-        seen.append(stepper.worker.start(lambda: count(1, []), lambda p: None, lambda o: None))
+        seen.append(stepper.worker.start(count(1, []), lambda p: None, lambda o: None))
         return real(layer_id)
 
     monkeypatch.setattr(session, "remove", remove)
@@ -167,7 +169,7 @@ def test_text_and_loss_of_a_distillation_are_chosen_there(stepper, session, tmp_
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[100_000:200_000])
     session.remove(2)
-    stepper.source.value, stepper.loss.value, stepper.scope.value = str(other), "KL alone", "neighbours"
+    stepper.source.value, stepper.loss.label, stepper.scope.label = str(other), "KL alone", "neighbours"
     stepper.distill.click()
     step = session.journal.head
     assert step.result["text"] == str(other)
@@ -189,16 +191,18 @@ def test_branches_are_compared_on_one_figure(stepper, session):
         session.evaluate(speed=False)
         session.undo(to=0)
     stepper.figure_kind.value = "branches"
-    assert stepper._data.index.get_level_values("branch").nunique() == 2
+    assert stepper._drawn.data.index.get_level_values("branch").nunique() == 2
 
 
-def test_every_figure(stepper, session):
+def test_every_figure_and_its_code(stepper, session, tmp_path):
+    """Each snippet, run as it stands in a namespace of its own, draws the very figure that is shown."""
     for kind in FIGURES:  # with nothing to show yet
         stepper.figure_kind.value = kind
         stepper.draw.click()
     for button in (stepper.evaluate, stepper.measure, stepper.remove, stepper.distill, stepper.evaluate):
         button.click()
-    stepper.text.value = "import os: print(1)"
+    stepper.text.value = "import os: print('it', \"is\")\nexit()"
+    shown = {}
     for number, kind in enumerate(FIGURES, 1):
         stepper.figure_kind.value = kind
         stepper.draw.click()
@@ -207,13 +211,82 @@ def test_every_figure(stepper, session):
             stepper.save_as.value = form
             stepper.save.click()
         assert len(list((session.folder / "figures").iterdir())) == 3 * number, kind
-        assert "plots." in stepper.code.value, kind
+        code = html.unescape(re.search("<pre>(.*)</pre>", stepper.code.value, re.DOTALL)[1])
+        shown[kind] = code, stepper.figure.value
+    session.close()
+    for kind, (code, figure) in shown.items():
+        *lines, last = code.splitlines()
+        namespace = {}
+        exec("\n".join(lines), namespace)
+        assert eval(last, namespace)._repr_html_() == figure, kind
+        namespace["session"].close()
+
+
+def test_controls_start_at_the_settings_of_the_run(tmp_path, tiny_folder, text_file):
+    settings = {"block": 32, "calibration_tokens": 64, "train_tokens": 256, "eval_tokens": 64, "text": str(text_file)}
+    distill = {"tokens": 128, "learning_rate": 1e-3}
+    for race, measure in ((False, {}), (True, {"race": True})):
+        folder = tmp_path / f"{race}"
+        with PruningSession.create(
+            folder, str(tiny_folder), dtype="float32", metric="kl", measure=measure, distill=distill, **settings
+        ) as session:
+            stepper = Stepper(session, inline=True)
+            assert (stepper.race.value, stepper.tokens.value, stepper.rate.value) == (race, 128, 1e-3)
+            stepper.measure.click()
+            assert session.journal.head.args == {"metric": "kl", **measure}  # as session.measure()
+            stepper.race.value = not race
+            stepper.measure.click()
+            assert session.journal.head.args["race"] is not race
+            stepper.remove.click()
+            stepper.distill.click()
+            assert session.journal.head.args["config"]["tokens"] == 128
+            stepper.tokens.value = 192
+            stepper.distill.click()
+            assert session.journal.head.args["config"]["tokens"] == 192
+
+
+def test_after_a_measure_the_suggestion_is_selected_until_a_person_chooses(stepper, session):
+    stepper.measure.click()
+    least = session.scores.least_important
+    assert least != 0 and stepper.strip.selected == least and f"Layer {least}:" in stepper.about.value
+    stepper.strip.cells[least].click()  # the first click chooses, and switches nothing off
+    assert "ildlab-off" not in stepper.strip.cells[least]._dom_classes
+    stepper.strip.select(0)
+    stepper.refresh()
+    assert stepper.strip.selected == 0  # a person's choice stays
+    stepper.measure.click()
+    stepper.remove.click()
+    assert session.removed == [least]
+    stepper.undo.click()
+    assert Stepper(session, inline=True).strip.selected == least  # a run that was measured before
+
+
+def test_an_empty_suite_box_is_no_suite(tmp_path, tiny_folder, text_file):
+    settings = {"block": 32, "calibration_tokens": 64, "train_tokens": 256, "eval_tokens": 64, "text": str(text_file)}
+    with PruningSession.create(tmp_path / "run", str(tiny_folder), suite="mini7@1", **settings) as session:
+        stepper = Stepper(session, inline=True)
+        assert stepper.suite.value == "mini7@1"
+        stepper.evaluate.click()
+        assert session.journal.head.args["suite"] == "mini7@1"
+        stepper.suite.value = " "
+        stepper.evaluate.click()
+        assert session.journal.head.args["suite"] is None and session.evaluation.suite is None
+
+
+def test_an_error_without_words_is_named(stepper, session, monkeypatch):
+    def broken(*_, **__):
+        yield Progress(0, 1)
+        raise AssertionError
+
+    monkeypatch.setattr(session, "measure_steps", broken)
+    stepper.measure.click()
+    assert "Measure failed, and nothing is lost: AssertionError" in stepper.status.value
 
 
 def test_status_is_announced_and_figures_have_words(stepper):
     stepper.measure.click()
     assert 'role="status"' in stepper.status.value and "aria-live" in stepper.status.value
-    page = stepper.static_html()
+    page = stepper._repr_html_()
     assert 'alt="Importance' in page and "<table" in page
 
 
@@ -247,14 +320,14 @@ def test_monkey(stepper, session):
         stepper.pause,
         stepper.stop,
     ]
-    slow = [stepper.measure, stepper.try_it, stepper.distill, stepper.evaluate, stepper.draw, stepper.save]
+    slow = [stepper.measure, stepper.what_if, stepper.distill, stepper.evaluate, stepper.draw, stepper.save]
     stepper.tokens.value = 4 * 32
     for _ in range(500):
         draw = rng.random()
         if draw < 0.3:
             stepper.strip.select(rng.choice(session.teacher.layer_ids))
         elif draw < 0.4:
-            stepper.figure_kind.value = rng.choice(FIGURES)
+            stepper.figure_kind.value = rng.choice(list(FIGURES))
         elif draw < 0.5:
             stepper.steps.value = rng.choice([v for _, v in stepper.steps.options])
         elif draw < 0.95:
@@ -286,20 +359,20 @@ def count(n: int, log: list):
 def test_worker_one_job_at_a_time_and_stop():
     worker, log, ends = Worker(), [], []
     started = threading.Event()
-    assert worker.start(lambda: count(10_000, log), lambda p: started.set(), ends.append)
+    assert worker.start(count(10_000, log), lambda p: started.set(), ends.append)
     started.wait(5)
-    assert not worker.start(lambda: count(1, log), lambda p: None, ends.append)
+    assert not worker.start(count(1, log), lambda p: None, ends.append)
     worker.stop()
     assert worker.wait(5)
     assert log == ["closed"] and [e.state for e in ends] == ["stopped"]
-    assert worker.start(lambda: count(3, log), lambda p: None, ends.append)
+    assert worker.start(count(3, log), lambda p: None, ends.append)
     assert worker.wait(5)
     assert ends[-1].state == "done" and ends[-1].value == 3
 
 
 def test_worker_pause_holds_and_stop_frees():
     worker, log, ends, seen = Worker(), [], [], []
-    worker.start(lambda: count(10_000, log), seen.append, ends.append)
+    worker.start(count(10_000, log), seen.append, ends.append)
     while not seen:
         time.sleep(0.01)
     worker.pause()
@@ -322,21 +395,31 @@ def test_worker_outlives_a_callback_that_raises(monkeypatch):
     def broken(_):
         raise RuntimeError("in the view")
 
-    worker.start(lambda: count(1, []), lambda p: None, broken)
+    worker.start(count(1, []), lambda p: None, broken)
     assert worker.wait(5)
-    worker._thread.join(5)
-    assert worker.start(lambda: count(1, []), lambda p: None, ends.append) and worker.wait(5)
+    assert worker.start(count(1, []), lambda p: None, ends.append) and worker.wait(5)
     assert ends[0].state == "done"
 
 
-def test_worker_failure_is_an_outcome():
+def test_worker_failure_is_an_outcome_even_of_a_stop():
     worker, ends = Worker(), []
+
+    def unclosable():
+        try:
+            while True:
+                yield Progress(0, 1)
+        finally:
+            raise OSError("disk is full")
+
+    worker.start(unclosable(), lambda p: worker.stop(), ends.append)
+    worker.wait(5)
+    assert ends.pop().state == "failed"
 
     def broken():
         yield Progress(0, 1)
         raise SessionError("no")
 
-    worker.start(broken, lambda p: None, ends.append)
+    worker.start(broken(), lambda p: None, ends.append)
     worker.wait(5)
     assert ends[0].state == "failed" and str(ends[0].value) == "no"
 

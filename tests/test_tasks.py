@@ -1,8 +1,6 @@
 """Task kinds, token trees and log-likelihoods, against plain runs and fp64 oracles."""
 
 import json
-import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +8,10 @@ import torch
 
 from ildlab import measure
 from ildlab.errors import MeasureError, SuiteError
-from ildlab.evaluate.loglikelihood import Outcomes, encode, encode_rolling, largest_tree, score_steps
+from ildlab.evaluate.loglikelihood import Outcomes, encode, largest_tree, score_steps
 from ildlab.evaluate.packing import Encoded, make_batches
 from ildlab.evaluate.suites import Suite, score_suite
-from ildlab.evaluate.tasks import Task, check_row, kind_of, measures, pairs, read_jsonl, requests, weights
+from ildlab.evaluate.tasks import Task, check_row, measures, pairs, read_jsonl, requests
 from ildlab.model.stack import LayerStack
 from ildlab.progress import drive
 
@@ -39,11 +37,12 @@ def oracle(stack, one: Encoded) -> tuple[float, int]:
     return float(logp.gather(1, target[:, None]).sum()), int(hit)
 
 
-def test_trees_give_the_log_likelihoods_of_plain_runs(stack, teacher):
+def test_trees_give_the_log_likelihoods_of_plain_runs(stack, teacher, monkeypatch):
     task = Task("t", "multiple_choice", tuple(ROWS), fewshot=1)
     encoded, owner = requests(task, teacher.tokenizer, 256)
     assert largest_tree(stack) > 0
-    outcomes = drive(score_steps(stack, encoded, owner, tokens_per_batch=64))
+    monkeypatch.setattr("ildlab.evaluate.loglikelihood.batch_tokens", lambda stack: 64)
+    outcomes = drive(score_steps(stack, encoded, owner))
     for one, ll, matched in zip(encoded, outcomes.loglikelihood, outcomes.matched):
         want, hit = oracle(stack, one)
         assert abs(ll - want) < 1e-5
@@ -147,30 +146,6 @@ def test_long_contexts_are_cut_from_the_left_and_counted(teacher):
         encode(teacher.tokenizer, [("a", " word" * 9)], 4)
 
 
-def test_rolling_windows_score_every_token_once(teacher):
-    text = "one two three four five six seven eight nine ten eleven"
-    ids = tuple(teacher.tokenizer.encode(text))
-    windows = encode_rolling(teacher.tokenizer, text, 4)
-    assert tuple(t for w in windows for t in w.continuation) == ids
-    assert all(len(w.context) + len(w.continuation) <= 5 for w in windows)
-
-
-def test_bits_per_byte_leaves_bos_out():
-    """A tokenizer that opens every text with BOS: given BOS, its probability is no part of the text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    core = Tokenizer(models.WordLevel({"<s>": 0, "<unk>": 1, "one": 2, "two": 3}, "<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<unk>")
-    assert tokenizer.encode("one two") == [0, 2, 3]
-    (plain,) = encode_rolling(tokenizer, "one two", 8)
-    assert (plain.context, plain.continuation) == ((0,), (2, 3))
-    (as_lm_eval,) = encode_rolling(tokenizer, "one two", 8, special_tokens=True)
-    assert as_lm_eval.continuation == (0, 2, 3)
-
-
 def test_rows_longer_than_the_largest_tree_have_batches_of_their_own():
     long = [Encoded(tuple(range(5, 35)), (3,))]
     choices = [Encoded(tuple(range(40, 50)), (k, k + 1)) for k in (1, 2)]
@@ -210,10 +185,7 @@ def test_measures_of_every_kind():
     copy = Task("k", "copy", ({"context": "x", "continuation": "y z"},))
     found = measures(copy, [0], Outcomes(np.array([-2.0]), np.array([1]), np.array([4])))
     assert found["prefix"][0] == 0.25 and found["exact"][0] == 0
-    bits = Task("b", "bits_per_byte", ({"text": "abcd"},), chance=8.0, direction="lower")
-    found = measures(bits, [0, 0], Outcomes(np.array([-math.log(2) * 6, -math.log(2) * 2]), *[np.array([0, 0])] * 2))
-    assert found["bits_per_byte"][0] == pytest.approx(2.0)
-    assert weights(bits)[0] == 4
+    assert found["loglikelihood"][0] == -0.5
 
 
 def test_few_shot_prompts_leave_out_the_row_itself():
@@ -223,13 +195,30 @@ def test_few_shot_prompts_leave_out_the_row_itself():
     assert pairs(task, 1)[0][0] == "The sky is blue\n\nTwo and two make"
     options = {"context_options": ["Ann", "Bob"], "continuation": "left.", "gold": 1}
     other = {"context_options": ["Cleo", "Dan"], "continuation": "sat.", "gold": 0}
-    pair = Task("p", "minimal_pairs", (options, other), fewshot=1)
+    pair = Task("p", "multiple_choice", (options, other), fewshot=1)
     assert pairs(pair, 0)[0] == ("Cleo sat.\n\nAnn", " left.")
     # A copy of the row holds its answer as well.
     copies = tuple(dict(row) for row in (options, other))
-    assert pairs(Task("p", "minimal_pairs", (options, other), fewshot=1, shots=copies), 0)[0][0].startswith("Cleo")
+    assert pairs(Task("p", "multiple_choice", (options, other), fewshot=1, shots=copies), 0)[0][0].startswith("Cleo")
     with pytest.raises(SuiteError, match="only 0 examples"):
-        Task("p", "minimal_pairs", (options, dict(options)), fewshot=1)
+        Task("p", "multiple_choice", (options, dict(options)), fewshot=1)
+
+
+def test_rows_are_compared_only_for_few_shot_examples(teacher):
+    compared = []
+
+    class Row(dict):
+        def __ne__(self, other):
+            compared.append(other)
+            return dict.__ne__(self, other)
+
+        __hash__ = None
+
+    rows = tuple(Row(query=f"{n} and one make", choices=["a", "b"], gold=0) for n in range(40))
+    requests(Task("t", "multiple_choice", rows), teacher.tokenizer, 256)
+    assert not compared
+    requests(Task("t", "multiple_choice", rows, fewshot=2), teacher.tokenizer, 256)
+    assert len(compared) <= 40 * 2 * 3  # each of two prompts a row: until two others are found
 
 
 def test_broken_logits_are_an_error_and_no_answer(stack, teacher):
@@ -287,7 +276,7 @@ def test_gpt_neo_windows_hold_for_branches(teacher):
 )
 def test_bad_rows_name_where_they_stand(row, message):
     with pytest.raises(SuiteError, match=f"rows line 3: .*{message}"):
-        check_row("multiple_choice", row, "rows line 3")
+        check_row(row, "rows line 3", "multiple_choice")
 
 
 def test_bad_files_name_file_and_line(tmp_path):
@@ -304,16 +293,7 @@ def test_bad_files_name_file_and_line(tmp_path):
     with pytest.raises(SuiteError, match="cannot be read"):
         read_jsonl(tmp_path / "absent.jsonl")
     with pytest.raises(SuiteError, match="no known kind"):
-        kind_of({"question": 1}, "rows.jsonl line 1")
-
-
-def test_plain_text_is_cut_into_passages(tmp_path):
-    file = tmp_path / "book.txt"
-    file.write_text("A line of a book.\n" * 300)
-    kind, rows = read_jsonl(file)
-    assert kind == "bits_per_byte"
-    assert "".join(row["text"] for row in rows) == file.read_text()
-    assert len(rows) == 3
+        check_row({"question": 1}, "rows.jsonl line 1")
 
 
 @pytest.mark.parametrize(
@@ -325,31 +305,9 @@ def test_plain_text_is_cut_into_passages(tmp_path):
         ({"chance": 1.0}, "not a share"),
         ({"rows": ()}, "no rows"),
         ({"fewshot": 3}, "only 2 examples"),
-        ({"direction": "lower"}, "needs chance"),
-        ({"kind": "bits_per_byte", "rows": ({"text": "a"},)}, "fewer bits per byte are better"),
         ({"kind": "cloze", "metric": "loglikelihood"}, "has no metric"),
     ],
 )
 def test_bad_tasks_say_what_is_wrong(changes, message):
     with pytest.raises(SuiteError, match=message):
         Task(**{"name": "t", "kind": "multiple_choice", "rows": tuple(ROWS), **changes})
-
-
-def test_generated_answers(teacher):
-    from ildlab.evaluate.generation import _Stopped, chrf, cut, greedy_steps, rouge_l
-
-    stack = LayerStack(teacher.model)
-    prompts = ["One, two, three,", "The capital of France is the city of"]
-    answers, truncated = drive(
-        greedy_steps(stack, teacher.tokenizer, prompts, max_new_tokens=6, stop=[","], max_length=64)
-    )
-    alone, _ = drive(greedy_steps(stack, teacher.tokenizer, prompts[:1], max_new_tokens=6, stop=[","], max_length=64))
-    assert answers[0] == alone[0] == "four"  # padding of a batch changes nothing
-    assert truncated == 0
-    fake = SimpleNamespace(batch_decode=lambda rows, **_: ["".join(map(chr, row)) for row in rows.tolist()])
-    rows = torch.tensor([[ord(c) for c in "p" + text] for text in ("\n\nyes\n", "yes\n\nx")])
-    # A blank line before the answer does not end it.
-    assert _Stopped(fake, ["\n\n"], 1)(rows, None).tolist() == [False, True]
-    assert cut("\n\nyes\n\nno", ["\n\n"]) == "yes"
-    assert chrf("a small cat", ["a small cat"]) == pytest.approx(1)
-    assert rouge_l("кот спит", ["кот давно спит"]) == pytest.approx(0.8)

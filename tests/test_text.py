@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import hashlib
 import json
 import random
 import subprocess
@@ -13,9 +15,11 @@ import pytest
 import torch
 
 from ildlab.errors import TextError
+from ildlab.importance.samples import Positions
 from ildlab.text import blocks as text
 from ildlab.text import sources as documents
 from ildlab.text.blocks import load_text, tokenizer_fingerprint
+from ildlab.text.rows import Rows
 from ildlab.text.sources import SPLITS, find_documents, split_of
 
 
@@ -98,28 +102,76 @@ def test_seed_orders_and_fewer_tokens_are_a_prefix(tokenizer):
     assert load_text(texts, tokenizer, block=16, split="train", seed=2).fingerprint != one.fingerprint
     few = load_text(texts, tokenizer, block=16, split="train", seed=1, tokens=16 * 9 + 15)
     assert len(few) == 9 and torch.equal(few.tokens, one.tokens[:9])
-    assert few.fingerprint == one.take(9).fingerprint != one.fingerprint
+    assert (
+        few.fingerprint
+        == load_text(texts, tokenizer, block=16, split="train", seed=1, tokens=16 * 9).fingerprint
+        != one.fingerprint
+    )
 
 
 @pytest.mark.parametrize(
-    ("special", "first", "between"),
+    ("special", "first", "after"),
     [
-        ({"eos": "</s>"}, [], [2]),
-        ({"bos": "<s>"}, [], [1]),
-        ({"bos": "<s>", "opens": True}, [1], [1]),
-        ({"bos": "<s>", "eos": "</s>"}, [], [2]),
-        ({"bos": "<s>", "eos": "</s>", "opens": True}, [1], [2, 1]),
-        ({"bos": "</s>", "eos": "</s>"}, [], [2]),
+        ({"eos": "</s>"}, (), 2),
+        ({"bos": "<s>"}, (), 1),
+        ({"bos": "<s>", "eos": "</s>"}, (), 2),
+        ({"bos": "</s>", "eos": "</s>"}, (), 2),
+        ({"bos": "<s>", "opens": True}, (1,), 1),
+        ({"bos": "<s>", "eos": "</s>", "opens": True}, (1,), 2),
+        # What the tokenizer does decides, not whether it says which token is its BOS.
+        ({"eos": "</s>", "opens": True}, (1,), 2),
     ],
 )
-def test_what_stands_between_documents(special, first, between):
+def test_what_opens_a_block_and_what_stands_between_documents(special, first, after):
     tokenizer = make_tokenizer(**special)
     texts = [each for each in prose(50) if split_of(each) == "train"][:2]
-    ids = load_text(texts, tokenizer, block=2, split="train").tokens.flatten().tolist()
+    blocks = load_text(texts, tokenizer, block=4, split="train")
+    assert blocks.bos == first
+    assert all(tuple(row[: len(first)]) == first for row in blocks.tokens.tolist())
     ordered = find_documents(texts, split="train").stream()
     one, two = (tokenizer(each, add_special_tokens=False)["input_ids"] for each in ordered)
-    expected = [*first, *one, *between, *two, *between]
-    assert ids == expected[: len(expected) // 2 * 2]
+    expected = [*one, after, *two, after]
+    assert blocks.tokens[:, len(first) :].flatten().tolist() == expected[: len(blocks) * (4 - len(first))]
+    assert len(blocks) == len(expected) // (4 - len(first))
+
+
+def test_every_block_begins_with_the_bos_and_none_is_a_target(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_MAPPED", 100)  # so that this small source counts as large, and is cached
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, prose(300))))
+    opening, plain = (make_tokenizer(bos="<s>", eos="</s>", opens=opens) for opens in (True, False))
+    load = functools.partial(load_text, tmp_path / "a.jsonl", split="train", tokens=16 * 40 + 7)
+    blocks, without = load(opening, block=16), load(plain, block=15, tokens=15 * 40)
+    assert blocks.tokens.shape == (40, 16) and blocks.tokens.dtype == torch.int32  # `block` tokens in all
+    assert bool((blocks.tokens[:, 0] == 1).all())
+    assert torch.equal(blocks.tokens[:, 1:], without.tokens)  # behind it stands the very text of the other tokenizer
+    assert blocks.fingerprint != load(plain, block=16).fingerprint
+    assert "BOS 1" in repr(blocks) and "BOS" not in repr(without)
+    assert "BOS" in Rows.of(blocks).source and "BOS" not in Rows.of(without).source
+    # The stream on disk has no BOS, so blocks of another length are cut from it.
+    monkeypatch.setattr(text, "_encode", None)
+    again = load(opening, block=8)
+    assert bool((again.tokens[:, 0] == 1).all())
+    n = again.tokens[:, 1:].numel()
+    assert torch.equal(again.tokens[:, 1:].flatten()[:n], blocks.tokens[:, 1:].flatten()[:n])
+    # Every position that predicts is scored, and none of their targets is a BOS.
+    places = Positions.sample(Rows.of(blocks), None, 0, predict=True)
+    assert int(places.valid.sum()) == 40 * 15 and not bool((places.targets[places.valid] == 1).any())
+
+
+def test_a_mixture_keeps_the_bos(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, prose(100, seed))))
+    tokenizer = make_tokenizer(bos="<s>", eos="</s>", opens=True)
+    both = load_text(f"{tmp_path / '0.jsonl'}+{tmp_path / '1.jsonl'}", tokenizer, block=32, split="train")
+    assert both.bos == (1,) and bool((both.tokens[:, 0] == 1).all())
+
+
+def test_text_of_a_tokenizer_without_bos_is_what_it_was(tokenizer):
+    blocks = load_text("teacher-samples", tokenizer, block=128, tokens=16 * 128, split="train")
+    assert blocks.bos == () and blocks.fingerprint.startswith("5c6556789b04")
+    assert repr(blocks) == (
+        "TextBlocks('teacher-samples', split='train', seed=0, 16 blocks of 128 tokens, 5c6556789b04)"
+    )
 
 
 def test_a_tokenizer_without_bos_and_eos_is_refused():
@@ -127,20 +179,57 @@ def test_a_tokenizer_without_bos_and_eos_is_refused():
         load_text(prose(50), make_tokenizer(), block=8)
 
 
-def test_batches_take_and_html(tokenizer):
-    blocks = load_text([*prose(80), "<script>alert(1)</script> " * 40], tokenizer, block=16, split="train")
-    batches = list(blocks.batches(7))
-    assert all(batch.dtype == torch.int64 for batch in batches)
-    assert [len(batch) for batch in batches[:-1]] == [7] * (len(batches) - 1)
-    assert torch.equal(torch.cat(batches), blocks.tokens.long())
-    assert blocks.n_tokens == len(blocks) * blocks.block == blocks.tokens.numel()
-    assert torch.equal(blocks.take(2).tokens, blocks.tokens[:2])
-    for n in (0, len(blocks) + 1):
-        with pytest.raises(TextError, match="take"):
-            blocks.take(n)
-    with pytest.raises(TextError, match="at least 1"):
-        next(blocks.batches(0))
-    assert f"{blocks.n_tokens:,} tokens" in blocks._repr_html_()
+# ---- the one reader of blocks ----------------------------------------------------------------------
+
+
+def test_rows_of_whatever_holds_tokens(tokenizer):
+    blocks = load_text(prose(80), tokenizer, block=16, split="train")
+    rows = Rows.of(blocks)
+    assert rows.mask is None and torch.equal(rows.tokens, blocks.tokens)
+    assert rows.source == f"list of 80 texts (train), {len(blocks)} × 16 tokens"
+    assert rows.text == {"source": blocks.source, "split": "train", "fingerprint": blocks.fingerprint}
+    assert rows.fingerprint == blocks.fingerprint
+    assert Rows.of(rows) is rows
+    given = Rows.of(blocks.tokens.long())
+    assert given.text == {} and given.source == f"given tokens, {len(blocks)} × 16 tokens"
+    batch = given.batch(np.array([3, 1]))
+    assert batch.dtype == torch.int64 and torch.equal(batch, blocks.tokens[[3, 1]].long())
+    # What a tokenizer returns is taken as it is.
+    padded = tokenizer(["One.", "One two three four."], padding=True, return_tensors="pt", padding_side="right")
+    batch = Rows.of(padded).batch(np.array([0]))
+    assert batch.keys() == {"input_ids", "attention_mask"} and batch["attention_mask"].tolist() == [[1, 1, 0, 0, 0]]
+
+
+def test_fingerprint_of_rows_is_that_of_ids_and_mask():
+    ids, mask = torch.arange(12).reshape(2, 6), torch.ones(2, 6, dtype=torch.long)
+    plain = Rows.of(ids).fingerprint
+    assert plain == hashlib.sha256(b"(2, 6)|" + np.arange(12, dtype="<i4").tobytes()).hexdigest()
+    assert plain == Rows.of(ids.int()).fingerprint == Rows.of({"input_ids": ids, "attention_mask": mask}).fingerprint
+    mask[1, 4:] = 0
+    masked = Rows.of({"input_ids": ids, "attention_mask": mask}).fingerprint
+    others = [Rows.of(ids + 1).fingerprint, Rows.of(ids.reshape(3, 4)).fingerprint]
+    assert len({plain, masked, *others}) == 4
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ("a text", "integer tensor .* got str"),
+        (torch.zeros(2, 3), "integer tensor"),
+        (torch.zeros(3, dtype=torch.int), r"got \(3,\)"),
+        ({"ids": torch.ones(2, 3).int()}, "input_ids; got NoneType"),
+        (torch.ones(0, 3).int(), "at least 1 sequence of 2 tokens"),
+        (torch.ones(3, 1).int(), "at least 1 sequence of 2 tokens"),
+        ({"input_ids": torch.ones(2, 3).int(), "attention_mask": torch.ones(2, 2)}, r"\(2, 2\) where input_ids"),
+        ({"input_ids": torch.ones(2, 3).int(), "attention_mask": torch.eye(2, 3) * 0}, "no valid token"),
+    ],
+)
+def test_rows_that_are_none(blocks, message):
+    with pytest.raises(TextError, match=message):
+        Rows.of(blocks)
+
+
+# ---- sources ---------------------------------------------------------------------------------------
 
 
 def test_files_of_every_kind_give_the_same_documents(tmp_path):
@@ -254,7 +343,7 @@ def test_fewer_tokens_than_asked_for_are_given_with_a_note(tokenizer):
     blocks = load_text(prose(60), tokenizer, block=32, tokens=10**6, split="eval")
     assert len(blocks) >= 2
     assert f"{10**6 // 32 * 32:,} tokens were asked for" in blocks.note
-    assert "asked for" in blocks._repr_html_()
+    assert "asked for" in repr(blocks)
     one = next(each for each in prose(60) if split_of(each) == "eval")
     n = len(tokenizer(one)["input_ids"])
     with pytest.raises(TextError, match="two blocks"):
@@ -292,17 +381,17 @@ def test_bad_files(tmp_path, tokenizer):
     refused("empty.txt", b"", "is empty")
     refused("blank.txt", b" \n\n \n", "is empty")
     refused("short.md", b"Hello.", "too short|is empty")
-    refused("latin.txt", "é".encode("latin1") * 500, "not UTF-8")
-    refused("image.png", b"\x89PNG", "not a kind of text file")
-    refused("broken.jsonl", b'{"text": "a"}\n{"text": ', "not JSON lines")
-    refused("number.jsonl", b'{"text": "a"}\n{"text": 3}\n', "Line 2 .* holds int")
-    refused("cut.jsonl.gz", gzip.compress(b'"abc"\n' * 1000)[:-9], "not JSON lines")
+    refused("latin.txt", "é".encode("latin1") * 500, "latin.txt cannot be read as UTF-8 .*iconv")
+    refused("image.png", b"\x89PNG", "no file that ildlab reads")
+    refused("broken.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read as JSON lines")
+    refused("number.jsonl", b'{"text": "a"}\n{"text": 3}\n', "Row 2 .* holds int")
+    refused("cut.jsonl.gz", gzip.compress(b'"abc"\n' * 1000)[:-9], "cannot be read as JSON lines")
     refused("two.jsonl", b'{"q": "a", "r": "b"}', "text_column=.*q, r")
     refused("column.jsonl", b'{"q": "a", "n": 1}', "no column 'x'; it has q, n", text_column="x")
     refused("typed.jsonl", b'{"q": "a", "n": 1}', "does not hold text; these hold text: q", text_column="n")
     refused("broken.parquet", b"PAR1 nothing of the kind", "cannot be read as parquet")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(TextError, match="holds no .txt"):
+    with pytest.raises(TextError, match="holds, no file .* .txt"):
         load_text(tmp_path / "folder", tokenizer)
 
 

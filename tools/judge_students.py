@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from pathlib import Path
 
@@ -18,8 +19,11 @@ import pandas as pd
 from ildlab.evaluate.results import quality_loss
 from ildlab.evaluate.suites import Suite, load_suite, score_suite
 from ildlab.evaluate.tasks import Task, read_jsonl
+from ildlab.evaluate.text_quality import evaluate
 from ildlab.model.load import load_model
 from ildlab.session.session import PruningSession
+from ildlab.text.blocks import TextBlocks, load_text
+from ildlab.text.sources import split_of
 
 RUNS = {"pruned only": "iterative_layerwise_pruning", "distilled": "iterative_layerwise_distillation"}
 
@@ -31,21 +35,20 @@ def unspaced(text: str) -> str:
     return re.sub(r"([(\[$]) ", r"\1", text)
 
 
-def held_out(folder: Path, examples: int, passages: int) -> Suite:
-    """ARC-Easy by log-likelihood per byte, and WikiText-2 in bits per byte of its raw text."""
+def questions(folder: Path, examples: int) -> Suite:
+    """ARC-Easy by log-likelihood per byte."""
     _, rows = read_jsonl(folder / "arc_easy.jsonl")
     rows = [{**row, "query": row["query"] + "\nAnswer:"} for row in rows[len(rows) // 2 :][:examples]]
-    text = unspaced((folder / "wikitext2-valid.txt").read_text(encoding="utf-8"))
-    text = text[len(text) // 2 :]
-    cut = [{"text": text[i * 4000 : (i + 1) * 4000]} for i in range(passages)]
     chance = sum(1 / len(row["choices"]) for row in rows) / len(rows)
-    return Suite(
-        "held out",
-        (
-            Task("arc_easy", "multiple_choice", tuple(rows), normalise="bytes", chance=chance),
-            Task("wikitext2", "bits_per_byte", tuple(cut), chance=8.0, direction="lower"),
-        ),
-    )
+    return Suite("held out", (Task("arc_easy", "multiple_choice", tuple(rows), normalise="bytes", chance=chance),))
+
+
+def wikitext(folder: Path, tokenizer, characters: int) -> TextBlocks:
+    """Raw text of WikiText-2, as blocks."""
+    text = unspaced((folder / "wikitext2-valid.txt").read_text(encoding="utf-8"))
+    text = text[len(text) // 2 :][:characters]
+    # One document has one split, whichever it falls to.
+    return load_text([text], tokenizer, block=512, tokens=characters // 5, split=split_of(text))
 
 
 def main() -> None:
@@ -56,10 +59,12 @@ def main() -> None:
     parser.add_argument("--removed", type=int, nargs="+", default=[2, 4, 6])
     parser.add_argument("--suite", default="mini7")
     parser.add_argument("--examples", type=int, default=300)
-    parser.add_argument("--passages", type=int, default=8)
+    parser.add_argument("--characters", type=int, default=32_000, help="of WikiText-2")
     args = parser.parse_args()
     loaded = load_model("smollm2-135m")
-    suites = [load_suite(args.suite), held_out(args.heldout, args.examples, args.passages), load_suite("canaries@20")]
+    suites = [load_suite(args.suite), questions(args.heldout, args.examples), load_suite("canaries@20")]
+    blocks = wikitext(args.heldout, loaded.tokenizer, args.characters)
+    size = len(loaded.tokenizer.decode(blocks.tokens.flatten()).encode("utf-8"))
     cache, table, teacher = args.runs / "suites", [], None
 
     def judge(label: str, stack) -> None:
@@ -67,6 +72,7 @@ def main() -> None:
         found = [score_suite(stack, loaded.tokenizer, suite, cache=cache, show=False) for suite in suites]
         teacher = teacher or found
         loss, corrected = (quality_loss(found[0], teacher[0], corrected=form) for form in (False, True))
+        nats = math.log(evaluate(stack, stack, blocks, speed=False, show=False).perplexity)
         scores = {name: task.score for result in found for name, task in result.tasks.items()}
         table.append(
             {
@@ -77,8 +83,8 @@ def main() -> None:
                 "loss corrected": str(corrected),
                 "mean": found[0].aggregate,
                 **scores,
+                "wikitext2": nats / math.log(2) * blocks.tokens.numel() / size,  # bits per byte
                 "arc interval": str(found[1].tasks["arc_easy"].interval()),
-                "wikitext interval": str(found[1].tasks["wikitext2"].interval()),
             }
         )
         print(json.dumps(table[-1]), flush=True)

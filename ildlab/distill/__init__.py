@@ -1,7 +1,9 @@
 """A student learns from its teacher.
 
-`config` says what to distill with and which layers train; `step` makes a batch's loss out of `losses` (or `fused`);
-`train` takes the optimizer's steps.
+`config` says what to distill with, `scope` which layers train and where hidden states are matched; `batches` what each
+step trains on. `step` runs both models on it (`bottoms`: what is frozen below runs once) and makes the loss out of
+`losses`, the head `fused` with the divergence; `masters` are the fp32 weights that the optimizer changes. `train` is the
+loop of these steps, `checkpoint` what it resumes from, `processes` the same loop on several GPUs.
 """
 
 import lazy_loader
@@ -9,9 +11,11 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "config": ["DistillConfig", "DistillResult", "match_points", "resolve_scope"],
+        "config": ["DistillConfig", "DistillResult"],
+        "scope": ["match_points", "resolve_scope"],
         "train": ["distill", "distill_steps"],
         "losses": ["Divergence", "divergence", "hidden_distance"],
-        "step": ["Counts", "DistillStep"],
+        "batches": ["Counts"],
+        "step": ["DistillStep", "gradient_norms"],
     },
 )

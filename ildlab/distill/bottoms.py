@@ -1,10 +1,11 @@
 """Hidden states of frozen bottom layers, kept in memory from the first pass over the text on.
 
-Below the lowest trained layer nothing changes while a student distills, so a second epoch need not run it
-again. (`ildlab.distill.teacher_cache` keeps the *teacher's* hidden states on disk, across distillations.)
+Below the lowest trained layer nothing changes while a student distills, so a second epoch need not run it again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,24 +26,14 @@ class BottomStore:
 
     def __init__(self, rows: int, block: int, width: int, names: list[str], dtype: torch.dtype):
         # Memory that is not touched yet costs nothing, so rows of other processes take none.
-        self.states = {name: torch.empty(rows, block, width, dtype=dtype) for name in names}
-        self.filled = {name: torch.zeros(rows, dtype=torch.bool) for name in names}
+        self.states = {name: torch.empty(rows, block, width, dtype=dtype) for name in names}  # [rows, T, d]
+        self.filled = {name: torch.zeros(rows, dtype=torch.bool) for name in names}  # [rows]
 
-    @staticmethod
-    def size(rows: int, block: int, width: int, names: list[str], dtype: torch.dtype) -> int:
-        """Bytes that a full store takes."""
-        return rows * block * width * len(names) * dtype.itemsize
-
-    def get(self, name: str, rows: Tensor, device: torch.device) -> Tensor | None:
-        """Hidden states [B, T, d] of these rows on a device, or None where one of them is missing."""
-        rows = rows.cpu()  # DDP moves its inputs to the device
-        if name not in self.states or not bool(self.filled[name][rows].all()):
-            return None
-        return self.states[name][rows].to(device)
-
-    def put(self, name: str, rows: Tensor, hidden: Tensor) -> None:
-        """Keep the hidden states [B, T, d] of these rows, where the store has this name."""
-        rows = rows.cpu()
-        if name in self.states:
-            self.states[name][rows] = hidden.detach().to(self.states[name].device)
-            self.filled[name][rows] = True
+    def at(self, name: str, rows: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Hidden states [B, T, d] of these rows [B]: on the CPU where all are kept, else made, and kept."""
+        if bool(self.filled[name][rows].all()):
+            return self.states[name][rows]  # [rows, T, d] -> [B, T, d]
+        hidden = make()
+        self.states[name][rows] = hidden.detach().cpu()
+        self.filled[name][rows] = True
+        return hidden

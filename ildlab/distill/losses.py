@@ -1,24 +1,25 @@
 """What a student is distilled with: divergences of next-token distributions, distances of hidden states.
 
-All of it in fp32 log space. `naive_divergence` is the head and the divergence written plainly: the fallback for
-heads that train, and the oracle of the tests. `ildlab.distill.fused` is the same in chunks of tokens.
+All of it in fp32 log space, by plain differentiable operations; `ildlab.distill.fused` is the same with the head in
+front, in chunks of tokens.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ildlab.errors import DistillError
-from ildlab.model.head import kl_per_token, log_probabilities, nll_per_token, wide
-from ildlab.model.stack import LayerStack
+from ildlab.model.head import kl_per_token, log_probabilities, wide
+from ildlab.typed import read_fields
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-HIDDEN_LOSSES = ("mse", "relative_mse", "cosine")
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
+HiddenLoss = Literal["mse", "relative_mse", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,12 @@ class Divergence:
         Weight of the teacher in "jsd", in (0, 1).
     """
 
-    kind: str = "forward_kl"
+    kind: DivergenceKind = "forward_kl"
     temperature: float = 1.0
     beta: float = 0.5
 
     def __post_init__(self):
-        if self.kind not in DIVERGENCES:
-            raise DistillError(f"There is no divergence {self.kind!r}; choose one of {', '.join(DIVERGENCES)}.")
+        read_fields(self, DistillError)
         if not self.temperature > 0:
             raise DistillError(f"temperature={self.temperature}: it must be above 0.")
         if not 0 < self.beta < 1:
@@ -52,7 +52,7 @@ class Divergence:
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence = Divergence()) -> Tensor:
-    """Divergence per token, in nats (times T^2), by plain differentiable operations.
+    """Divergence per token, in nats (times T^2).
 
     Parameters
     ----------
@@ -64,10 +64,10 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
     -------
     Tensor [...], fp32 or fp64
     """
-    logq = log_probabilities(wide(student_logits) / spec.temperature)
+    logq = log_probabilities(wide(student_logits) / spec.temperature)  # [..., V]
     logp = log_probabilities(wide(teacher_logits) / spec.temperature)
     if spec.kind == "forward_kl":
-        value = kl_per_token(logp, logq)
+        value = kl_per_token(logp, logq)  # [..., V] -> [...]
     elif spec.kind == "reverse_kl":
         value = kl_per_token(logq, logp)
     else:
@@ -76,7 +76,12 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
     return value * spec.temperature**2
 
 
-def hidden_distance(student: Tensor, teacher: Tensor, kind: str = "mse") -> Tensor:
+def log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
+    """log(beta p + (1 - beta) q) of two log-probabilities [..., V]."""
+    return torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta))
+
+
+def hidden_distance(student: Tensor, teacher: Tensor, kind: HiddenLoss = "mse") -> Tensor:
     """Distance of two hidden states per token.
 
     Parameters
@@ -90,42 +95,11 @@ def hidden_distance(student: Tensor, teacher: Tensor, kind: str = "mse") -> Tens
     -------
     Tensor [...], fp32 or fp64
     """
-    student, teacher = wide(student), wide(teacher)
+    student, teacher = wide(student), wide(teacher)  # [..., d]
     if kind == "mse":
-        return (student - teacher).square().mean(-1)
+        return (student - teacher).square().mean(-1)  # [..., d] -> [...]
     if kind == "relative_mse":
         return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)
     if kind == "cosine":
         return 1 - F.cosine_similarity(student, teacher, dim=-1)
-    raise DistillError(f"There is no hidden loss {kind!r}; choose one of {', '.join(HIDDEN_LOSSES)}.")
-
-
-def naive_divergence(
-    student: LayerStack,
-    teacher: LayerStack,
-    hidden: Tensor,
-    teacher_hidden: Tensor,
-    spec: Divergence = Divergence(),
-    *,
-    weights: Tensor,
-    labels: Tensor | None = None,
-    label_weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`fused_divergence` by full logits and autograd. Parameters and results are the same."""
-    logits = student.logits(hidden)
-    with torch.no_grad():
-        teacher_logits = teacher.logits(teacher_hidden)
-    each = divergence(logits, teacher_logits, spec)
-    loss = (each * weights).sum()
-    ce = torch.zeros_like(loss)
-    if labels is not None:
-        each_ce = nll_per_token(log_probabilities(logits), labels)
-        loss = loss + (each_ce * label_weights).sum()
-        ce = (each_ce.detach() * (label_weights != 0)).sum()
-    counted = weights != 0
-    agree = ((logits.argmax(-1) == teacher_logits.argmax(-1)) & counted).sum()
-    return loss, torch.stack([(each.detach() * counted).sum(), ce, agree.to(loss.dtype)])
-
-
-def log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    return torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta))
+    raise DistillError(f"There is no hidden loss {kind!r}; choose 'mse', 'relative_mse' or 'cosine'.")

@@ -1,38 +1,35 @@
-"""One micro-batch of distillation: both decoders and the loss in one module's forward.
+"""One micro-batch of distillation: both decoders and the loss.
 
-DDP wraps this module, so that gradients of the trained layers are averaged as the backward pass runs.
-The bottom layers that teacher and student share run once for both, nothing below the lowest trained
-layer builds a graph, and what a teacher cache holds, or an earlier pass over the text left, is not run at all.
+The bottom layers that teacher and student share run once for both, and nothing below the lowest trained
+layer builds a graph. Below, B is sequences, T their tokens, P sampled positions, d the width of a hidden state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
+import pandas as pd
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
+from ildlab.distill.batches import Counts, has_next, token_counts
 from ildlab.distill.bottoms import BottomStore
 from ildlab.distill.config import DistillConfig
 from ildlab.distill.fused import fused_divergence
-from ildlab.distill.losses import hidden_distance, naive_divergence
+from ildlab.distill.losses import hidden_distance
+from ildlab.distill.scope import match_points, resolve_scope
+from ildlab.model.capture import Trunk
 from ildlab.model.head import normed
 from ildlab.model.shared import shared_prefix
-from ildlab.model.stack import LayerStack
+from ildlab.model.stack import Batch, LayerStack
+from ildlab.text.rows import Rows
+
+BOTTOM_BYTES = 2**30  # most memory for the hidden states of frozen bottom layers; more text runs them in every epoch
 
 
-@dataclass
-class Counts:
-    """Tokens of the whole global batch that the sums of each term are divided by."""
-
-    hidden: int
-    kl: int
-    ce: int
-
-
-class DistillStep(nn.Module):
+class DistillStep:
     """The loss of a student against its teacher on one micro-batch.
 
     Parameters
@@ -54,10 +51,7 @@ class DistillStep(nn.Module):
         points: Sequence[int],
         config: DistillConfig,
     ):
-        super().__init__()
         self.student, self.teacher, self.config = student, teacher, config
-        # Only what trains is registered: DDP looks at nothing else.
-        self.layers = nn.ModuleList(student.layers[student.position(i)] for i in trained)
         self.first = student.position(trained[0])
         self.prefix = min(shared_prefix(student, teacher), self.first)
         last = student.layer_ids[-1]
@@ -69,49 +63,26 @@ class DistillStep(nn.Module):
         self.squares = torch.zeros(2, device=student.device)  # no copy to the host in a backward hook
         self.bottoms: BottomStore | None = None
 
-    def keep_bottoms(self, rows: int, block: int, limit: int) -> int:
-        """Keep what frozen bottom layers give in memory, where it fits; returns the bytes it will take.
-
-        Parameters
-        ----------
-        rows, block : int
-            Rows of the text and tokens in a row.
-        limit : int
-            Bytes; a larger store is not made.
-        """
+    def keep_bottoms(self, rows: int, block: int) -> None:
+        """Keep what frozen bottom layers give for a text of `rows` times `block` tokens, where memory allows."""
         # The shared bottom serves both models; the student's own frozen layers end at its lowest trained one.
         names = ["shared"] * (self.prefix > 0) + ["student"] * (self.first > self.prefix)
-        shape = (rows, block, self.student.hidden_size, names, self.student.model.dtype)
-        size = BottomStore.size(*shape)
-        if not names or size > limit:
-            return 0
-        self.bottoms = BottomStore(*shape)
-        return size
+        width, dtype = self.student.hidden_size, self.student.model.dtype
+        if names and rows * block * width * len(names) * dtype.itemsize <= BOTTOM_BYTES:
+            self.bottoms = BottomStore(rows, block, width, names, dtype)
 
-    @property
-    def depths(self) -> set[int]:
-        """Depths of the teacher's hidden states that the loss needs."""
-        return {*self.depth.values(), len(self.teacher)}
-
-    def forward(
-        self,
-        batch: dict[str, Tensor],
-        counts: Counts,
-        positions: Tensor | None = None,
-        known: dict[int, Tensor] | None = None,
-        rows: Tensor | None = None,
+    def __call__(
+        self, batch: Batch, counts: Counts, positions: Tensor | None = None, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Loss and statistics of a micro-batch.
 
         Parameters
         ----------
-        batch : dict with `input_ids` [B, T] and, where there is padding, `attention_mask` [B, T]
+        batch : Tensor [B, T] of token ids, or a mapping with `input_ids` and perhaps `attention_mask`
         counts : Counts
             Of the global batch: losses of micro-batches and processes add up.
         positions : Tensor [B, P] int64, optional
             Where divergence and cross entropy are computed; everywhere by default.
-        known : dict of int to Tensor [B, T, d], optional
-            Hidden states of the teacher by depth, from a cache.
         rows : Tensor [B] int64, optional
             Which rows of the text these are, for `keep_bottoms`.
 
@@ -123,107 +94,93 @@ class DistillStep(nn.Module):
             distance at each point, without gradient.
         """
         config, student = self.config, self.student
-        mine, theirs = self._hidden(batch, known or {}, rows)
-        final = mine[len(student)]
-        ids = batch["input_ids"].to(final.device)
+        batch = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        mine, theirs = self._hidden(batch, rows)
+        final, target = mine[len(student)], theirs[len(self.teacher)]  # [B, T, d] each
+        ids = batch["input_ids"].to(final.device)  # [B, T]
         mask = batch.get("attention_mask")
-        mask = torch.ones(ids.shape, device=final.device) if mask is None else mask.to(final.device).float()
-        paper = config.reduction == "paper"
+        mask = torch.ones(ids.shape, device=final.device) if mask is None else mask.to(final.device).float()  # [B, T]
 
         loss = torch.zeros((), device=final.device)
         distances = []
         for layer_id, depth in self.depth.items():
-            a, b = mine[student.position(layer_id) + 1], theirs[depth]
-            a = self._watched(a, 1)
+            a, b = self._watched(mine[student.position(layer_id) + 1], 1), theirs[depth]  # [B, T, d] each
             if config.hidden_after_norm and depth == len(self.teacher):
                 a, b = normed(student, a), normed(self.teacher, b).detach()
-            distance = hidden_distance(a, b, config.hidden_loss)
-            total = distance.sum() if paper else (distance * mask).sum()
+            distance = hidden_distance(a, b, config.hidden_loss)  # [B, T, d] -> [B, T]
+            total = distance.sum() if config.reduction == "paper" else (distance * mask).sum()
             loss = loss + total * (config.hidden_weight * self.times / counts.hidden)
             distances.append(total.detach())
 
         stats = torch.zeros(3, device=final.device)
         if config.kl_weight or config.ce_weight:
-            head_loss, stats = self._head(final, theirs[len(self.teacher)], ids, mask, positions, counts)
+            head_loss, stats = self._head(final, target, ids, mask, positions, counts)
             loss = loss + head_loss
-        return loss, torch.cat([stats, torch.stack(distances)]) if distances else stats
+        return loss, torch.cat([stats, torch.stack(distances)]) if distances else stats  # [3] + [points]
 
-    def _head(self, final, target, ids, mask, positions, counts):
+    def _head(
+        self, final: Tensor, target: Tensor, ids: Tensor, mask: Tensor, positions: Tensor | None, counts: Counts
+    ):
+        """Divergence and cross entropy of final hidden states [B, T, d]: loss, and stats [3]."""
         config = self.config
-        # Position t predicts token t + 1; the last position of a block has no label.
-        labels = torch.cat([ids[:, 1:], ids[:, :1]], dim=1)
-        label_mask = mask * torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+        # Position t predicts token t + 1; what stands at the last one has no weight.
+        labels, label_mask = ids.roll(-1, dims=1), has_next(mask)  # [B, T] each
         final = self._watched(final, 0)
         if positions is not None:
-            at = positions.to(final.device)
-            wide = at[..., None].expand(-1, -1, final.shape[-1])
-            final, target = final.gather(1, wide), target.gather(1, wide)
-            mask, labels, label_mask = (x.gather(1, at) for x in (mask, labels, label_mask))
+            at = positions.to(final.device)  # [B, P]
+            across = at[..., None].expand(-1, -1, final.shape[-1])  # [B, P] -> [B, P, d]
+            final, target = final.gather(1, across), target.gather(1, across)  # [B, T, d] -> [B, P, d]
+            mask, labels, label_mask = (x.gather(1, at) for x in (mask, labels, label_mask))  # [B, T] -> [B, P]
         if config.reduction == "paper":
             weights = torch.full_like(mask, config.kl_weight / 100)
         else:
             weights = mask * (config.kl_weight / counts.kl)
-        if not config.kl_weight:
-            weights = torch.zeros_like(mask)
-        use = fused_divergence if config.fused else naive_divergence
-        extra = {"chunk": config.chunk} if config.fused else {}
+        with_labels = {}
         if config.ce_weight:
-            extra["labels"] = labels.flatten()
-            extra["label_weights"] = (label_mask * (config.ce_weight / counts.ce)).flatten()
-        return use(
+            with_labels["labels"] = labels.flatten()  # [B, P] -> [N]
+            with_labels["label_weights"] = (label_mask * (config.ce_weight / counts.ce)).flatten()  # [B, P] -> [N]
+        return fused_divergence(
             self.student,
             self.teacher,
-            final.flatten(0, 1),
+            final.flatten(0, 1),  # [B, P, d] -> [N, d]
             target.flatten(0, 1),
             config.spec,
-            weights=weights.flatten(),
-            **extra,
+            weights=weights.flatten(),  # [B, P] -> [N]
+            **with_labels,
         )
 
-    def _hidden(self, batch, known, rows) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Hidden states by depth: the student's from its first trained layer up, the teacher's that are needed."""
-        student, teacher = self.student, self.teacher
-        trunk = student.trunk(batch)
-        device, dtype = trunk.h0.device, trunk.h0.dtype
-        theirs = {depth: h.to(device, dtype) for depth, h in known.items()}
-        store = self.bottoms if rows is not None else None
+    def _hidden(self, batch: Mapping[str, Tensor], rows: Tensor | None) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Hidden states [B, T, d] by depth: the student's that train, the teacher's that they meet."""
+        student, teacher, prefix = self.student, self.teacher, self.prefix
+        trunk, their_trunk = student.trunk(batch), teacher.trunk(batch)
+        theirs: dict[int, Tensor] = {}
         with torch.no_grad():
-            shared = store.get("shared", rows, device) if store else None
-            entry = store.get("student", rows, device) if store else None
-            whole = self.depths <= set(theirs)  # the teacher need not run
-            start = max((d for d in theirs if d <= self.prefix), default=0)
-            hidden = theirs[start] if start else trunk.h0.detach()
-            full = trunk if whole else teacher.trunk(batch)
-            if not (whole and entry is not None):
-                if shared is not None:
-                    hidden, start = shared, self.prefix
-                for depth in range(start, self.prefix):
-                    hidden = (student if whole else teacher).run(depth, hidden, full)
-                if store and shared is None:
-                    store.put("shared", rows, hidden)
-            if not whole:
-                upper = hidden
-                for depth in range(self.prefix, len(teacher)):
-                    upper = teacher.run(depth, upper, full)
-                    if depth + 1 in self.depths:
-                        theirs[depth + 1] = upper
-            if entry is not None:
-                hidden = entry
-            else:
-                for position in range(self.prefix, self.first):
-                    hidden = student.run(position, hidden, trunk)
-                if store and self.first > self.prefix:
-                    store.put("student", rows, hidden)
+            upper = their_trunk.h0
+            hidden = trunk.h0
+            if prefix:
+                upper = hidden = self._kept("shared", rows, lambda: _through(teacher, their_trunk, upper, 0, prefix))
+            if self.first > prefix:
+                entry = hidden
+                hidden = self._kept("student", rows, lambda: _through(student, trunk, entry, prefix, self.first))
+            wanted = {*self.depth.values(), len(teacher)}
+            for position in range(prefix, len(teacher)):
+                upper = teacher.run(position, upper, their_trunk)
+                if position + 1 in wanted:
+                    theirs[position + 1] = upper
         mine: dict[int, Tensor] = {}
-        keep = {student.position(i) + 1 for i in self.depth} | {len(student)}
+        wanted = {student.position(i) + 1 for i in self.depth} | {len(student)}
+        hidden = hidden.detach()
         for position in range(self.first, len(student)):
-            if self.config.grad_checkpointing:
-                hidden = checkpoint(student.run, position, hidden, trunk, use_reentrant=False)
-            else:
-                hidden = student.run(position, hidden, trunk)
-            if position + 1 in keep:
+            hidden = student.run(position, hidden, trunk)
+            if position + 1 in wanted:
                 mine[position + 1] = hidden
         return mine, theirs
+
+    def _kept(self, name: str, rows: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
+        """Hidden states [B, T, d] of frozen layers: of an earlier pass over the text, or made now."""
+        if self.bottoms is None or rows is None:
+            return make()
+        return self.bottoms.at(name, rows, make).to(self.student.device)
 
     def _watched(self, hidden: Tensor, term: int) -> Tensor:
         """The same tensor; the squared norm of the gradient that a term sends through it is summed up."""
@@ -236,3 +193,58 @@ class DistillStep(nn.Module):
 
         branch.register_hook(note)
         return branch
+
+
+def _through(stack: LayerStack, trunk: Trunk, hidden: Tensor, start: int, end: int) -> Tensor:
+    """Hidden states [B, T, d] after the layers at positions start .. end - 1."""
+    for position in range(start, end):
+        hidden = stack.run(position, hidden, trunk)
+    return hidden
+
+
+def gradient_norms(
+    student: LayerStack,
+    teacher: LayerStack,
+    blocks: Any,
+    config: DistillConfig | None = None,
+    *,
+    gap: int | Sequence[int] = (),
+) -> pd.DataFrame:
+    """What each term of the loss asks of each trained layer: norms of its gradient on a text, in one batch.
+
+    The student is left as it is.
+
+    Parameters
+    ----------
+    student, teacher : LayerStack
+    blocks : TextBlocks, Tensor [N, T] of int, or mapping with `input_ids` and `attention_mask` [N, T]
+    config : DistillConfig, optional
+    gap : int or sequence of int
+        Layer ids just removed.
+
+    Returns
+    -------
+    DataFrame
+        A row for each trained layer id, a column for each term that has a weight: "kl", "hidden", "ce".
+    """
+    config, text = config or DistillConfig(), Rows.of(blocks)
+    trained = resolve_scope(config.scope, student, gap)
+    student = student.share()
+    student.own(trained)
+    layers = {i: student.layers[student.position(i)] for i in trained}
+    for layer in layers.values():
+        layer.requires_grad_(True)
+    batch = text.batch(torch.arange(len(text.tokens)))
+    mask = torch.ones(text.tokens.shape) if text.mask is None else text.mask.float()  # [N, T]
+    counts = token_counts(mask, None, config)
+    norms = {}
+    weights = ("kl_weight", "hidden_weight", "ce_weight")
+    for name in [w for w in weights if getattr(config, w)]:
+        alone = replace(config, **{w: 0.0 for w in weights if w != name})
+        step = DistillStep(student, teacher, trained, match_points(alone, student, trained), alone)
+        loss, _ = step(batch, counts)
+        each = {i: torch.autograd.grad(loss, [*layer.parameters()], retain_graph=True) for i, layer in layers.items()}
+        norms[name.removesuffix("_weight")] = {
+            i: torch.stack([g.norm() for g in gradients]).norm().item() for i, gradients in each.items()
+        }
+    return pd.DataFrame(norms).rename_axis("layer")

@@ -1,7 +1,8 @@
-"""What a student is worth.
+"""What a student is worth, beside its teacher.
 
-`text_quality` gives perplexity and KL on text; `suites` reads tasks and scores them; `results` puts intervals to
-them; `record` holds it all beside the teacher.
+On text, `text_quality` gives perplexity, KL and agreement, and `speed` times generation. On tasks, `suites` reads
+rows (`tasks`), lays out their requests (`plan`), packs what these share into rows (`packing`) and scores them
+(`loglikelihood`); `lm_eval` runs lm-eval's own. `results` puts intervals to scores, and `record` holds it all.
 """
 
 import lazy_loader

@@ -1,113 +1,44 @@
-"""lm-eval's tasks on the model in memory, through ildlab's log-likelihood engine.
+"""Tasks of lm-eval on the model in memory, run by lm-eval itself: its own `HFLM`, its metrics, its generation.
 
-`StackLM` is an lm-eval model: its requests go through `ildlab.evaluate.loglikelihood`, which shares what they have
-in common. `LmEvalSuite` makes a suite of lm-eval tasks (`suite="lm-eval:arc_easy,piqa"`); the tasks that
-ship with ildlab can be named as well (`mini7`, `mini7_knowledge`, ...).
+`"lm-eval:arc_easy,piqa"` names lm-eval's own tasks, groups or tags; a `.yaml` of lm-eval's format is a suite whose
+folder is lm-eval's `include_path`. The score of each example is kept, so that intervals and quality loss are
+those of any other suite.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import hashlib
-import json
 import logging
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import find_executable_batch_size
 
 from ildlab.errors import SuiteError, first_line
-from ildlab.evaluate.loglikelihood import ENGINE, Outcomes, encode, encode_rolling, score_steps, window
-from ildlab.evaluate.packing import Encoded
 from ildlab.evaluate.results import SuiteResult, TaskResult
-from ildlab.files import data_dir
+from ildlab.model.generate import plain_decoding
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress, drive
+from ildlab.progress import Progress, Work
 
 try:
     import lm_eval
-    from lm_eval.api.model import LM
-    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 except ImportError as error:
     raise SuiteError("Suites of lm-eval need it: pip install 'ildlab[eval]' (lm-eval 0.4.13 is tested).") from error
 
+BRIDGE = 1  # raise it when scores change, so that kept results are not mistaken for today's
+TOLD = ("", ".yaml", ".py", ".json", ".jsonl", ".csv", ".txt")  # files of these kinds decide what a task is
+FEWSHOT_SEED = 1234  # lm-eval's own default
 # The measure that counts, where a task has several: lm-eval's own leaderboards prefer the normalised one.
-PREFERRED = ("acc_norm", "acc_bytes", "acc", "exact_match", "f1", "rougeL", "chrf", "bits_per_byte")
-
-
-class StackLM(LM):
-    """An lm-eval model over a `LayerStack`.
-
-    Parameters
-    ----------
-    stack : LayerStack
-    tokenizer
-    max_length : int, optional
-        By default the model's window.
-    """
-
-    def __init__(self, stack: LayerStack, tokenizer: Any, max_length: int | None = None):
-        super().__init__()
-        self.stack, self.tokenizer = stack, tokenizer
-        self.max_length = max_length or window(stack, tokenizer)
-        self.truncated = 0  # contexts that lost their beginning, so far
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Name that lm-eval keys its own caches by."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding gives it) of each request's continuation."""
-        pairs = [request.args for request in requests]
-        contexts = {context: number for number, context in enumerate(dict.fromkeys(c for c, _ in pairs))}
-        encoded = encode(self.tokenizer, pairs, self.max_length)
-        self.truncated += sum(each.truncated for each in encoded)
-        found = drive(score_steps(self.stack, encoded, [contexts[c] for c, _ in pairs]))
-        greedy = found.matched == found.length
-        return [(float(ll), bool(hit)) for ll, hit in zip(found.loglikelihood, greedy)]
-
-    def loglikelihood_rolling(self, requests) -> list[float]:
-        """Log-likelihood of each whole text."""
-        cut = [
-            encode_rolling(self.tokenizer, request.args[0], self.max_length, special_tokens=True)
-            for request in requests
-        ]
-        owner = [index for index, windows in enumerate(cut) for _ in windows]
-        found = drive(score_steps(self.stack, [e for windows in cut for e in windows], range(len(owner))))
-        return np.bincount(owner, found.loglikelihood, minlength=len(cut)).tolist()
-
-    def generate_until(self, requests) -> list[str]:
-        """Greedy continuations, cut before the first of each request's `until` strings."""
-        from ildlab.evaluate.generation import greedy_steps
-
-        answers = [""] * len(requests)
-        kinds: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            kinds.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        for settings, chosen in kinds.items():
-            asked = json.loads(settings)
-            if asked.get("do_sample") and asked.get("temperature", 1.0) > 0:
-                raise SuiteError("This lm-eval task samples its answers; ildlab generates greedily only.")
-            wanted = normalize_gen_kwargs(asked)  # max_gen_toks has three other names
-            texts, truncated = drive(
-                greedy_steps(
-                    self.stack,
-                    self.tokenizer,
-                    [requests[i].args[0] for i in chosen],
-                    max_new_tokens=wanted["max_gen_toks"],
-                    stop=[mark for mark in wanted["until"] if mark],
-                    max_length=self.max_length,
-                    as_is=True,
-                )
-            )
-            self.truncated += truncated
-            for index, text in zip(chosen, texts):
-                answers[index] = text
-        return answers
+PREFERRED = ("acc_norm", "acc_bytes", "acc", "exact_match", "f1", "rougeL", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -118,238 +49,168 @@ class LmEvalSuite:
     ----------
     names : tuple of str
         Tasks, groups or tags of lm-eval.
+    folder : Path or None
+        lm-eval's `include_path`, which is then the only place where names are looked up.
     limit : int or None
         Examples a task.
+    swept : bool
+        Whether an ablation sweep can score it: never, since lm-eval runs the model by itself.
     """
 
     names: tuple[str, ...]
+    folder: Path | None = None
     limit: int | None = None
 
+    swept = False
+
     @classmethod
-    def of(cls, names: str) -> LmEvalSuite:
-        """Split `"arc_easy,piqa"` up.
+    def of(cls, names: Iterable[str], folder: Path | None = None) -> LmEvalSuite:
+        """A suite of these names.
 
         Raises
         ------
         SuiteError
             No names, or one that lm-eval does not know.
         """
-        wanted = tuple(name.strip() for name in names.split(",") if name.strip())
-        known = set(_manager(wanted).all_tasks)
-        unknown = [name for name in wanted if name not in known]
+        wanted = tuple(name for name in names if name)
+        unknown = set(wanted) - set(_manager(folder).all_tasks)
         if unknown or not wanted:
             raise SuiteError(
-                f"lm-eval {lm_eval.__version__} has no task {', '.join(unknown) or '(no name was given)'}. "
+                f"lm-eval {lm_eval.__version__} has no task {', '.join(sorted(unknown)) or '(no name was given)'}. "
                 "`lm-eval ls tasks` lists those that it has."
             )
-        return cls(wanted)
+        return cls(wanted, folder)
 
     @property
     def name(self) -> str:
         """As it is asked for."""
-        return f"lm-eval:{','.join(self.names)}"
+        return f"{'' if self.folder else 'lm-eval:'}{','.join(self.names)}"
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of task names, limit, lm-eval's version, our scoring's, and the tasks that ship."""
-        digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__, ENGINE)).encode())
-        if any(name.startswith("mini7") for name in self.names):
-            folder = data_dir() / "suites"
-            for file in sorted([*folder.glob("lm_eval/*"), *folder.glob("mini7/*.jsonl")]):
-                digest.update(file.read_bytes() if file.is_file() else b"")
+        """sha256 (hex) of task names, limit, lm-eval's version, and the files that lie in the folder itself."""
+        digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__, BRIDGE)).encode())
+        for file in sorted(self.folder.iterdir()) if self.folder else ():
+            if file.is_file() and file.suffix in TOLD:
+                digest.update(file.read_bytes())
         return digest.hexdigest()
-
-    @property
-    def tasks(self) -> list:
-        """Nothing that ildlab would have to generate: `plan` refuses tasks that need that."""
-        return []
 
     def take(self, limit: int) -> LmEvalSuite:
         """Return the suite with at most `limit` examples a task."""
         if limit < 1:
             raise SuiteError(f"limit={limit}: a task needs at least one example.")
-        return LmEvalSuite(self.names, limit)
+        return replace(self, limit=limit)
 
-    def steps(self, stack: LayerStack, tokenizer: Any) -> Generator[Progress, None, SuiteResult]:
-        """Run `lm_eval.simple_evaluate` on the model in memory."""
-        yield Progress(0, 1, f"{self.name} (lm-eval shows its own progress)")
-        model = StackLM(stack, tokenizer)
-        with _quiet(), self._hub():
-            found = lm_eval.simple_evaluate(
-                model=model,
-                tasks=list(self.names),
-                limit=self.limit,
-                bootstrap_iters=0,
-                task_manager=_manager(self.names),
-            )
-        tasks, notes = {}, []
-        for name, samples in found["samples"].items():
+    def steps(self, stack: LayerStack, tokenizer: Any) -> Work[SuiteResult]:
+        """Score a model, task by task; `suite_steps` is the way to call it."""
+        yield Progress(0, 1, f"{self.name}: loading its data")
+        with _quietly(self.name):
+            tasks = _tasks(self.names, self.folder, self.fingerprint)
+        results, notes = {}, []
+        for done, (name, task) in enumerate(tasks.items()):
+            yield Progress(done, len(tasks), f"{name} (lm-eval shows its own progress)")
+            task.set_fewshot_seed(FEWSHOT_SEED)  # the same examples at every call
+            with _quietly(name) as log:
+                samples = _run(stack, tokenizer, name, task, self.limit)
             # lm-eval has a sample for each document *and* filter of the answer: the first filter counts.
-            filters = list(dict.fromkeys(sample.get("filter", "none") for sample in samples))
-            samples = [sample for sample in samples if sample.get("filter", "none") == filters[0]]
+            filters = list(dict.fromkeys(sample["filter"] for sample in samples))
             if len(filters) > 1:
                 notes.append(f"{name}: answers by the filter {filters[0]!r} of {', '.join(filters)}.")
-            chance = float(np.mean([1 / max(1, len(sample["arguments"])) for sample in samples]))
-            several = any(len(sample["arguments"]) > 1 for sample in samples)
-            tasks[name] = _task_result(name, samples, chance if several else 0.0)
-        if model.truncated:
-            notes.append(f"{model.truncated} contexts were cut from the left to {model.max_length} tokens.")
-        return SuiteResult(self.name, self.fingerprint, tasks, notes=notes)
-
-    @contextlib.contextmanager
-    def _hub(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if not _no_hub(error):
-                raise
-            raise SuiteError(
-                f"lm-eval could not load the data of {self.name}: {first_line(error)}\n"
-                "Its tasks come from the Hub: run this where there is network access, or use 'mini7'."
-            ) from error
-
-    def plan(self, tokenizer: Any, length: int) -> LmEvalPlan:
-        """Collect the tasks' log-likelihood requests, for an ablation sweep."""
-        with _quiet(), self._hub():
-            tasks = _manager(self.names).load(list(self.names))["tasks"]
-            for task in tasks.values():
-                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
-        return LmEvalPlan.of(tasks, tokenizer, length)
+            if log.cut:
+                notes.append(f"{name}: contexts were cut from the left to fit the window ({log.cut} warnings).")
+            first = [sample for sample in samples if sample["filter"] == filters[0]]
+            results[name] = _task_result(name, first, log.cut)
+        return SuiteResult(self.name, self.fingerprint, results, notes=notes)
 
 
-@dataclass
-class LmEvalPlan:
-    """Requests of lm-eval tasks as one list; the counterpart of `ildlab.evaluate.plan.Plan`."""
+def _run(stack: LayerStack, tokenizer: Any, name: str, task: Any, limit: int | None) -> list[dict]:
+    """One task's samples: a dict for each document, with its measures."""
+    cuda = stack.device.type == "cuda"
 
-    docs: list[list[tuple[Any, dict, list[int]]]]
-    encoded: list[Encoded]
-    owner: np.ndarray
-    gold: np.ndarray
-    names: list[str]
+    @find_executable_batch_size(starting_batch_size=64 if cuda else 8)  # less, where memory runs out
+    def run(batch_size: int) -> list[dict]:
+        model = HFLM(
+            pretrained=stack.model,
+            backend="causal",
+            tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
+            batch_size=batch_size,
+            # On a CPU torch's fp32 log_softmax errs by some 1e-5 a token.
+            softmax_dtype="float64" if stack.device.type == "cpu" else "float32",
+        )
+        found = lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)
+        return found["samples"][name]
 
-    @classmethod
-    def of(cls, tasks: dict[str, Any], tokenizer: Any, length: int) -> LmEvalPlan:
-        """Encode the requests of built tasks.
-
-        Raises
-        ------
-        SuiteError
-            A task that needs more than log-likelihoods of continuations.
-        """
-        docs, pairs, owner, gold = [], [], [], []
-        example = 0
-        for name, task in tasks.items():
-            if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-                raise SuiteError(f"{name} of lm-eval is a {task.OUTPUT_TYPE} task: it cannot be scored in a sweep.")
-            by_doc: dict[int, list] = {}
-            for instance in task.instances:
-                by_doc.setdefault(instance.doc_id, []).append(instance)
-            docs.append([])
-            for instances in by_doc.values():
-                right = task.doc_to_target(instances[0].doc) if task.OUTPUT_TYPE == "multiple_choice" else None
-                places = []
-                for number, instance in enumerate(sorted(instances, key=lambda one: one.idx)):
-                    places.append(len(pairs))
-                    pairs.append(instance.args)
-                    owner.append(example)
-                    gold.append(1.0 if not isinstance(right, int) or number == right else 0.0)
-                docs[-1].append((task, instances[0].doc, places))
-                example += 1
-        encoded = encode(tokenizer, pairs, length)
-        return cls(docs, encoded, np.array(owner), np.array(gold), list(tasks))
-
-    @property
-    def truncated(self) -> dict[str, int]:
-        """Contexts of each task that lost their beginning."""
-        return {
-            name: sum(any(self.encoded[p].truncated for p in places) for _, _, places in docs)
-            for name, docs in zip(self.names, self.docs)
-        }
-
-    @property
-    def groups(self) -> list[int]:
-        """Example of each request."""
-        return self.owner.tolist()
-
-    @property
-    def examples(self) -> int:
-        """Examples of all tasks."""
-        return sum(map(len, self.docs))
-
-    def task_rows(self) -> list[np.ndarray]:
-        """Indices of each task's examples among all."""
-        ends = np.cumsum([len(docs) for docs in self.docs])
-        return [np.arange(end - len(docs), end) for docs, end in zip(self.docs, ends)]
-
-    def example_of_request(self) -> np.ndarray:
-        """Index of the example that each request belongs to."""
-        return self.owner
-
-    def is_gold(self) -> np.ndarray:
-        """1 where a request is the right answer of its example, else 0."""
-        return self.gold
-
-    def example_weights(self) -> np.ndarray:
-        """Weights [examples] with which the mean of the values is the mean over tasks."""
-        return np.concatenate([np.full(len(docs), 1 / len(docs) / len(self.docs)) for docs in self.docs])
-
-    def example_values(self, outcomes: Outcomes) -> np.ndarray:
-        """Score of each example, by the task's own `process_results`."""
-        greedy = outcomes.matched == outcomes.length
-        values = []
-        for task, doc, places in (one for docs in self.docs for one in docs):
-            answers = [(float(outcomes.loglikelihood[p]), bool(greedy[p])) for p in places]
-            found = task.process_results(doc, answers)
-            values.append(float(found[_measure(found)]))
-        return np.array(values)
+    with plain_decoding(stack.model):
+        return run()
 
 
-def _task_result(name: str, samples: list[dict], chance: float) -> TaskResult:
+def _task_result(name: str, samples: list[dict], truncated: int) -> TaskResult:
     measure = _measure(samples[0])
     values = [sample[measure] for sample in samples]
-    if measure == "bits_per_byte":
-        sizes = [float(size) for _, size in values]
-        bits = [-ll / size / math.log(2) for ll, size in values]
-        return TaskResult(name, "lm-eval", measure, bits, sizes, 8.0, "lower")
+    weights, chance, direction = None, 0.0, "higher"
+    if measure == "bits_per_byte":  # each value is (log-likelihood in nats, bytes)
+        weights, chance, direction = [float(size) for _, size in values], 8.0, "lower"
+        values = [-ll / size / math.log(2) for ll, size in values]
+    elif max(len(sample["arguments"]) for sample in samples) > 1:  # choices
+        chance = float(np.mean([1 / len(sample["arguments"]) for sample in samples]))
+    if not np.isfinite(values).all():
+        raise SuiteError(f"{name}: {measure} of an example is not a finite number: the model's logits are broken.")
     others = {m: float(np.mean([s[m] for s in samples])) for m in PREFERRED[:4] if m in samples[0] and m != measure}
-    return TaskResult(name, "lm-eval", measure, [float(v) for v in values], None, chance, others=others)
+    scores = [float(value) for value in values]
+    return TaskResult(name, "lm-eval", measure, scores, weights, chance, direction, others=others, truncated=truncated)
 
 
-def _measure(found: dict) -> str:
-    for name in PREFERRED:
-        if name in found and (name == "bits_per_byte" or isinstance(found[name], (int, float, np.number))):
+def _measure(sample: dict) -> str:
+    for name in (*PREFERRED, *sample["metrics"]):
+        if name in sample and (name == "bits_per_byte" or isinstance(sample[name], (int, float, np.number))):
             return name
-    raise SuiteError(f"None of lm-eval's measures here has a value for each example: {', '.join(found)}.")
+    raise SuiteError(f"None of lm-eval's measures here has a value for each example: {', '.join(sample['metrics'])}.")
 
 
-def _manager(names: Sequence[str]):
-    """lm-eval's task manager: of our tasks alone where they are enough."""
-    own = _index(False)
-    return own if set(names) <= set(own.all_tasks) else _index(True)
+def _manager(folder: Path | None) -> TaskManager:
+    return TaskManager(include_path=folder, include_defaults=False) if folder else _theirs()
 
 
 @cache
-def _index(defaults: bool):
-    # With lm-eval's own tasks it reads the headers of 14,000 files, which takes 20 s.
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(data_dir() / "suites" / "lm_eval"), include_defaults=defaults)
+def _theirs() -> TaskManager:
+    return TaskManager()  # reads the headers of 14,000 files, which takes 20 s
 
 
-def _no_hub(error: Exception) -> bool:
-    """Whether an error means that a data set on the Hub is out of reach, or not there."""
-    if isinstance(error, ConnectionError) or type(error).__module__.startswith(("huggingface_hub", "httpx")):
-        return True
-    return type(error).__name__ in ("DatasetNotFoundError", "OfflineModeIsEnabled")
+@lru_cache(maxsize=8)
+def _tasks(names: tuple[str, ...], folder: Path | None, fingerprint: str) -> dict[str, Any]:
+    # Kept: a session scores one suite many times, and loading a task reads all of its data.
+    return _manager(folder).load(list(names))["tasks"]
 
 
-class _quiet:
-    """lm-eval logs warnings of its own while it loads tasks; errors still show."""
+class _Log(logging.Handler):
+    """Counts lm-eval's warnings of contexts that it cuts, and shows its errors alone."""
 
-    def __enter__(self):
-        self.logger = logging.getLogger("lm_eval")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
+    cut = 0
 
-    def __exit__(self, *_):
-        self.logger.setLevel(self.level)
+    def emit(self, record: logging.LogRecord) -> None:
+        self.cut += "runcat" in record.getMessage()
+        if record.levelno >= logging.ERROR:
+            logging.lastResort.handle(record)
+
+
+@contextmanager
+def _quietly(name: str) -> Iterator[_Log]:
+    """Run lm-eval with its log kept, and with words for people where its data or the model's window say no."""
+    logger, log = logging.getLogger("lm_eval"), _Log()
+    before = logger.handlers, logger.propagate, logger.level
+    logger.handlers, logger.propagate, logger.level = [log], False, logging.WARNING
+    try:
+        yield log
+    except AssertionError as error:
+        raise SuiteError(f"lm-eval refuses {name}: {first_line(error)}") from error
+    except Exception as error:
+        away = type(error).__name__ in ("ConnectionError", "DatasetNotFoundError", "OfflineModeIsEnabled")
+        if not away and not type(error).__module__.startswith(("huggingface_hub", "httpx")):
+            raise
+        raise SuiteError(
+            f"lm-eval could not load the data of {name}: {first_line(error)}\nIts tasks come from the Hub: run this "
+            "where there is network access, put copies of the data sets below the working directory "
+            "(`hf download --repo-type dataset OWNER/NAME --local-dir OWNER/NAME`), or use 'mini7'."
+        ) from error
+    finally:
+        logger.handlers, logger.propagate, logger.level = before

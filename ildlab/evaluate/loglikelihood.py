@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ildlab.errors import IldlabError, SuiteError
 from ildlab.evaluate.packing import Batch, Encoded, make_batches
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress
+from ildlab.progress import Progress, Work
 
 ENGINE = 3  # raise it when scoring changes, so that kept results are not mistaken for today's
 # At most so many positions have their logits at one time: in fp32 the product is what takes time, and is quickest
@@ -89,8 +89,8 @@ def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) ->
     """
     pairs = [_shift_spaces(*pair) for pair in pairs]
     wholes = [context + continuation for context, continuation in pairs]
-    known = encode_all(tokenizer, [c for c, _ in pairs if c] + [w for (c, _), w in zip(pairs, wholes) if c], True)
-    bare = encode_all(tokenizer, [w for (c, _), w in zip(pairs, wholes) if not c], False)
+    known = _encode_all(tokenizer, [c for c, _ in pairs if c] + [w for (c, _), w in zip(pairs, wholes) if c], True)
+    bare = _encode_all(tokenizer, [w for (c, _), w in zip(pairs, wholes) if not c], False)
     out = []
     for (context, continuation), whole in zip(pairs, wholes):
         if context:
@@ -110,32 +110,13 @@ def encode(tokenizer: Any, pairs: Iterable[tuple[str, str]], max_length: int) ->
     return out
 
 
-def encode_rolling(tokenizer: Any, text: str, max_length: int, *, special_tokens: bool = False) -> list[Encoded]:
-    """Cut a text to windows so that every token is scored once.
-
-    The first window is conditioned on BOS (or EOS). With `special_tokens` a tokenizer that opens every text
-    with BOS has that scored too, as lm-eval's rolling log-likelihood does.
-    """
-    ids = tuple(tokenizer.encode(text, add_special_tokens=special_tokens))
-    if not ids:
-        raise SuiteError(f"The text {text[:60]!r} has no token.")
-    out = [Encoded((prefix_token(tokenizer),), ids[:max_length])]
-    start = max_length
-    while start < len(ids):
-        end = min(start + max_length, len(ids))
-        first = end - max_length - 1  # the last window reaches back for as much context as it can hold
-        out.append(Encoded(ids[first:start], ids[start:end]))
-        start = end
-    return out
-
-
 def _shift_spaces(context: str, continuation: str) -> tuple[str, str]:
     """Move trailing white space of the context to the continuation: that is where tokenizers put it."""
     spaces = len(context) - len(context.rstrip())
     return (context[:-spaces], context[-spaces:] + continuation) if spaces else (context, continuation)
 
 
-def encode_all(tokenizer: Any, strings: Iterable[str], special: bool) -> dict[str, tuple[int, ...]]:
+def _encode_all(tokenizer: Any, strings: Iterable[str], special: bool) -> dict[str, tuple[int, ...]]:
     """Token ids of each string, with the special tokens that the tokenizer adds (never a second BOS) or without."""
     unique = list(dict.fromkeys(strings))
     if not unique:
@@ -166,7 +147,7 @@ def model_inputs(stack: LayerStack, batch: Batch) -> dict[str, Tensor]:
 def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes) -> None:
     """Fill in the outcomes of a batch's requests from the final hidden state [B, T, d]."""
     row, column = batch.head.to(hidden.device).unbind(1)
-    wanted = hidden[row, column]
+    wanted = hidden[row, column]  # [P, d]
     total = torch.empty(len(wanted), dtype=torch.float32, device=hidden.device)
     best = torch.empty(len(wanted), dtype=torch.long, device=hidden.device)
     gold = torch.empty(len(batch.which), dtype=torch.float32, device=hidden.device)
@@ -176,7 +157,7 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
     size = -(-len(wanted) // parts) or 1  # even parts: a few last positions would cost as much as many
     for start in range(0, len(wanted), size):
         # Of a model over several devices the logits may come back on another than the hidden state's.
-        logits = stack.logits(wanted[start : start + size]).to(hidden.device)
+        logits = stack.logits(wanted[start : start + size]).to(hidden.device)  # [P, V]
         part = slice(start, start + len(logits))
         top, best[part] = logits.max(-1)  # before the cast: it changes no order
         logits, top = logits.float(), top.float()
@@ -262,13 +243,8 @@ def _try_tree(stack: LayerStack) -> bool:
 
 @torch.no_grad()
 def score_steps(
-    stack: LayerStack,
-    encoded: Sequence[Encoded],
-    groups: Sequence[int],
-    *,
-    note: str = "",
-    tokens_per_batch: int | None = None,
-) -> Generator[Progress, None, Outcomes]:
+    stack: LayerStack, encoded: Sequence[Encoded], groups: Sequence[int], *, note: str = ""
+) -> Work[Outcomes]:
     """Score all requests; yields after each batch and returns the `Outcomes`.
 
     Raises
@@ -277,8 +253,7 @@ def score_steps(
         A log-likelihood is NaN or infinite: the model's logits are broken.
     """
     outcomes = Outcomes.empty(encoded)
-    size = tokens_per_batch or batch_tokens(stack)
-    batches = make_batches(encoded, groups, largest_tree=largest_tree(stack), tokens_per_batch=size)
+    batches = make_batches(encoded, groups, largest_tree=largest_tree(stack), tokens_per_batch=batch_tokens(stack))
     done, total = 0, sum(batch.tokens for batch in batches)
     for batch in batches:
         read_out(stack, batch, stack.final(model_inputs(stack, batch)), outcomes)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass, fields
 from typing import Any
 
+import pandas as pd
+
 from ildlab.errors import SuiteError
-from ildlab.evaluate.results import Estimate, SuiteResult, quality_loss
+from ildlab.evaluate.results import Estimate, SuiteResult, html_table, quality_loss
 
 _SUITES = ("suite", "teacher_suite", "canaries", "teacher_canaries")
 
@@ -81,6 +82,11 @@ class Evaluation:
         """1 - student/teacher aggregate, as in the paper; None without a suite."""
         return None if self.suite is None else self.quality_loss_estimate().value
 
+    @property
+    def loss(self) -> float:
+        """Share of quality lost: `quality_loss`, or without a suite 1 - teacher's perplexity / student's."""
+        return 1 - self.teacher_perplexity / self.perplexity if self.suite is None else self.quality_loss
+
     def quality_loss_estimate(self, *, corrected: bool = False) -> Estimate:
         """Quality loss with its bootstrap interval; `corrected` for chance or as in the paper."""
         if self.suite is None:
@@ -105,9 +111,9 @@ class Evaluation:
         return cls(**values)
 
     def teacher_record(self) -> dict[str, Any]:
-        """Return the teacher's figures alone, to pass to the next evaluation as `teacher_record`."""
-        record = {k: v for k, v in self.to_dict().items() if k.startswith("teacher_")}
-        return {**record, "text": self.text}
+        """Return the teacher's scores, to pass to the next evaluation as `teacher_record`."""
+        record = self.to_dict()
+        return {name: record[name] for name in ("teacher_suite", "teacher_canaries")}
 
     def summary(self) -> list[tuple[str, str, str]]:
         """Rows (what, student, teacher) for a table."""
@@ -119,42 +125,30 @@ class Evaluation:
             ("KL(teacher ‖ student) per token", f"{self.kl:.4f} [{self.kl_low:.4f}, {self.kl_high:.4f}]", "0"),
             ("same top token as the teacher", f"{self.agreement:.1%}", "100%"),
         ]
-        if self.tokens_per_second is not None:
-            teacher = "" if self.teacher_tokens_per_second is None else f"{self.teacher_tokens_per_second:.1f}/s"
-            ratio = "" if self.speed_ratio is None else f" ({self.speed_ratio:.2f} ×)"
-            rows.append(("tokens generated", f"{self.tokens_per_second:.1f}/s{ratio}", teacher))
+        if self.speed_ratio is not None:
+            mine = f"{self.tokens_per_second:.1f}/s ({self.speed_ratio:.2f} ×)"
+            rows.append(("tokens generated", mine, f"{self.teacher_tokens_per_second:.1f}/s"))
         for mine, theirs in ((self.suite, self.teacher_suite), (self.canaries, self.teacher_canaries)):
             if mine is None:
                 continue
-            rows.append((f"{mine.name}: aggregate", mine.shown(), "" if theirs is None else theirs.shown()))
+            rows.append((f"{mine.name}: aggregate", str(mine.interval()), str(theirs.interval())))
             rows += [(f"{mine.name}: note", note, "") for note in mine.notes]
             for name, task in mine.tasks.items():
-                other = None if theirs is None else theirs.tasks.get(name)
-                rows.append(
-                    (f"{mine.name}: {name}", f"{task.score:.3f}", "" if other is None else f"{other.score:.3f}")
-                )
+                rows.append((f"{mine.name}: {name}", f"{task.score:.3f}", f"{theirs.tasks[name].score:.3f}"))
         for form in (False, True) if self.suite is not None else ():
             found = self.quality_loss_estimate(corrected=form)
             label = "quality loss, corrected for chance" if form else "quality loss"
             rows.append((label, f"{found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}]", ""))
         return rows
 
+    @property
+    def table(self) -> pd.DataFrame:
+        """`summary` as a table."""
+        return pd.DataFrame(self.summary(), columns=["", "student", "teacher"]).set_index("")
+
     def __str__(self) -> str:
-        rows = [("", "student", "teacher"), *self.summary()]
-        first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
-        return "\n".join(f"{what:<{first}}  {mine:>{second}}  {theirs}".rstrip() for what, mine, theirs in rows)
+        return self.table.to_string(index_names=False)
 
     def _repr_html_(self) -> str:
-        body = "".join(
-            "<tr>"
-            + f"<th scope='row' style='text-align:left'>{html.escape(what)}</th>"
-            + "".join(f"<td style='text-align:right'>{html.escape(cell)}</td>" for cell in cells)
-            + "</tr>"
-            for what, *cells in self.summary()
-        )
-        where = html.escape(f"{self.tokens:,} tokens of {self.text.get('source') or 'a tensor of blocks'}")
-        return (
-            f"<table aria-label='Evaluation'><caption>{where}, {self.seconds:.0f} s</caption>"
-            "<thead><tr><th></th><th scope='col'>student</th><th scope='col'>teacher</th></tr></thead>"
-            f"<tbody>{body}</tbody></table>"
-        )
+        where = f"{self.tokens:,} tokens of {self.text.get('source') or 'a tensor of blocks'}"
+        return html_table(self.table, "Evaluation", f"{where}, {self.seconds:.0f} s")

@@ -6,32 +6,44 @@ Two readings of every score, both higher = better:
   whose worst value is `chance` counts as 1 - s / chance.
 - *corrected*: (s - chance) / (best - chance), 0 for a guesser, as in the Open LLM Leaderboard.
 
-Intervals are percentile bootstraps over examples, drawn within each task (and, for a student beside its
-teacher, the same examples for both).
+Intervals are bootstraps over examples, drawn within each task (and, for a student beside its teacher, the same
+examples for both), as wide as Student's t asks for where examples are few.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ildlab.errors import SuiteError
-
-RESAMPLES = 1000
+from ildlab.stats import interval, means, resamples
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95% interval."""
+    """A number and its 95% interval; NaN ends where the examples say nothing of their spread."""
 
     value: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray, *tasks: TaskResult) -> Estimate:
+        """Interval of bootstrap `draws` [draws] over the examples of tasks.
+
+        Each task has n - 1 degrees of freedom.
+        """
+        freedom = sum(task.n - 1 for task in tasks)
+        if math.isnan(value) or freedom < 1:
+            return cls(float(value), math.nan, math.nan)
+        # `resampled` has widened each task by its own n / (n - 1); `interval` would do so once more for all of them.
+        draws = value + (draws - value) * math.sqrt(freedom / (freedom + 1))
+        return cls(float(value), *(float(bound) for bound in interval(value, draws, freedom + 1)))
 
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -47,13 +59,15 @@ class TaskResult:
     values : list of float
         The measure, example by example.
     weights : list of float or None
-        How much each example counts; None: all alike.
+        How much each example counts (bits per byte: its bytes); None: all alike.
     chance : float
-    direction : str
+        Score of a guesser; of a loss, that of a model that knows nothing.
+    direction : {"higher", "lower"}
+        Whether a higher score is better.
     weight : float
         In the aggregate.
     others : dict of str to float
-        Means of the kind's other measures.
+        Means of the task's other measures.
     truncated : int
         Contexts that were cut from the left to fit the model's window.
     """
@@ -96,17 +110,15 @@ class TaskResult:
         return (np.asarray(score) - self.chance) / (1 - self.chance) if corrected else np.asarray(score)
 
     def resampled(self, seed: int) -> np.ndarray:
-        """Scores [RESAMPLES] of bootstrap samples of the examples."""
-        pick = np.random.default_rng(seed).integers(0, self.n, (RESAMPLES, self.n))
-        values = np.asarray(self.values)[pick]
-        if self.weights is None:
-            return values.mean(1)
-        weights = np.asarray(self.weights)[pick]
-        return (values * weights).sum(1) / weights.sum(1)
+        """Scores [draws] of bootstrap samples of the examples, spread as the mean of n values is."""
+        weights = np.ones(self.n) if self.weights is None else np.asarray(self.weights)
+        draws = means(resamples(self.n, seed), np.asarray(self.values, float)[:, None], weights)[:, 0]
+        # Resampling divides by n where the spread of a mean asks for n - 1.
+        return self.score + (draws - self.score) * math.sqrt(self.n / max(self.n - 1, 1))
 
     def interval(self, seed: int = 0) -> Estimate:
         """Score with its interval."""
-        return _estimate(self.score, self.resampled(seed))
+        return Estimate.of(self.score, self.resampled(seed), self)
 
 
 @dataclass
@@ -145,7 +157,7 @@ class SuiteResult:
         return sum(task.weight * of(task) for task in self.tasks.values()) / total
 
     def resampled(self, corrected: bool = False, seed: int = 0) -> np.ndarray:
-        """Aggregates [RESAMPLES] of bootstrap samples; the same examples for the same seed."""
+        """Aggregates [draws] of bootstrap samples; the same examples for the same seed."""
         draws = {
             name: task.oriented(task.resampled(seed + 7919 * number), corrected)
             for number, (name, task) in enumerate(self.tasks.items())
@@ -155,69 +167,47 @@ class SuiteResult:
     def interval(self, corrected: bool = False, seed: int = 0) -> Estimate:
         """Aggregate with its interval."""
         value = self.aggregate_corrected if corrected else self.aggregate
-        return _estimate(value, self.resampled(corrected, seed))
-
-    def shown(self) -> str:
-        """Aggregate and interval as text."""
-        return str(self.interval())
+        return Estimate.of(value, self.resampled(corrected, seed), *self.tasks.values())
 
     @property
     def table(self) -> pd.DataFrame:
         """One row a task: score, its interval, chance, corrected score, examples."""
-        rows = {}
-        for number, (name, task) in enumerate(self.tasks.items()):
-            found = task.interval(7919 * number)
-            rows[name] = {
-                "measure": task.measure,
-                "score": found.value,
-                "low": found.low,
-                "high": found.high,
-                "chance": task.chance,
-                "corrected": task.corrected,
-                "n": task.n,
-            }
-        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("task")
+        rows = []
+        for number, task in enumerate(self.tasks.values()):
+            found = asdict(task.interval(7919 * number))
+            rows.append([task.name, task.measure, *found.values(), task.chance, task.corrected, task.n])
+        columns = ["task", "measure", "score", "low", "high", "chance", "corrected", "n"]
+        return pd.DataFrame(rows, columns=columns).set_index("task")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; values to 6 digits."""
-        tasks = []
-        for task in self.tasks.values():
-            record = {f.name: getattr(task, f.name) for f in fields(task)}
-            record["values"] = [float(f"{value:.6g}") for value in task.values]
-            tasks.append(record)
-        return {
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "seconds": self.seconds,
-            "notes": self.notes,
-            "aggregate": self.aggregate,
-            "aggregate_corrected": self.aggregate_corrected,
-            "tasks": tasks,
-        }
+        tasks = [asdict(task) for task in self.tasks.values()]
+        for task in tasks:
+            task["values"] = [float(f"{value:.6g}") for value in task["values"]]
+        means = {"aggregate": self.aggregate, "aggregate_corrected": self.aggregate_corrected}
+        return {**asdict(self), **means, "tasks": tasks}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> SuiteResult:
         """Inverse of `to_dict`."""
-        tasks = {task["name"]: TaskResult(**task) for task in record["tasks"]}
+        known = {each.name for each in fields(TaskResult)}
+        tasks = {task["name"]: TaskResult(**{k: v for k, v in task.items() if k in known}) for task in record["tasks"]}
         return cls(record["name"], record["fingerprint"], tasks, record["seconds"], list(record["notes"]))
 
     def __repr__(self) -> str:
-        return f"SuiteResult({self.name}, {len(self.tasks)} tasks, aggregate {self.shown()}, {self.seconds:.0f} s)"
+        return f"SuiteResult({self.name}, {len(self.tasks)} tasks, aggregate {self.interval()}, {self.seconds:.0f} s)"
 
     def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><th scope='row' style='text-align:left'>{html.escape(str(name))}</th>"
-            f"<td style='text-align:left'>{row.measure}</td><td>{row.score:.3f}</td>"
-            f"<td>[{row.low:.3f}, {row.high:.3f}]</td><td>{row.chance:.2f}</td><td>{row.n}</td></tr>"
-            for name, row in self.table.iterrows()
-        )
+        caption = f"{self.name}: aggregate {self.interval()}, corrected for chance {self.interval(True)}"
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self.notes)
-        return (
-            f"<div><b>{html.escape(self.name)}</b>: aggregate {self.shown()}, corrected for chance "
-            f"{self.interval(True)}, {self.seconds:.0f} s<table aria-label='Suite result'><thead><tr><th>task</th>"
-            "<th>measure</th><th>score</th><th>interval</th><th>chance</th><th>n</th></tr></thead>"
-            f"<tbody>{body}</tbody></table>{notes}</div>"
-        )
+        return html_table(self.table, "Suite result", f"{caption}, {self.seconds:.0f} s") + notes
+
+
+def html_table(table: pd.DataFrame, label: str, caption: str) -> str:
+    """A table as HTML, its texts escaped, with a label for screen readers."""
+    with pd.option_context("display.max_colwidth", None):
+        body = table.to_html(border=0, float_format="{:.3f}".format, index_names=False)
+    return f"<div role='group' aria-label='{label}'>{html.escape(caption)}{body}</div>"
 
 
 def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool = False, seed: int = 0) -> Estimate:
@@ -259,7 +249,7 @@ def quality_loss(student: SuiteResult, teacher: SuiteResult, *, corrected: bool 
         return Estimate(math.nan, math.nan, math.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         draws = 1 - student.resampled(corrected, seed) / teacher.resampled(corrected, seed)
-    return _estimate(1 - mine / theirs, draws)
+    return Estimate.of(1 - mine / theirs, draws, *student.tasks.values())
 
 
 def compare(**results: SuiteResult) -> pd.DataFrame:
@@ -276,8 +266,3 @@ def compare(**results: SuiteResult) -> pd.DataFrame:
     for name in rest:
         table[f"{name} - {first}"] = table[name] - table[first]
     return table.rename_axis("task")
-
-
-def _estimate(value: float, draws: np.ndarray) -> Estimate:
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))

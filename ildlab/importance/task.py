@@ -55,8 +55,7 @@ def task_steps(student: LayerStack, config: MeasureConfig, tokenizer: Any) -> Wo
         A race of a suite that cannot be swept, or a log-likelihood that is NaN or infinite.
     """
     suite = load_suite(config.suite, limit=config.limit)
-    swept = suite.swept if hasattr(suite, "swept") else not any(task.generates for task in suite.tasks)
-    if swept:
+    if suite.swept:
         return (yield from _sweep_steps(student, suite, config, tokenizer))
     if config.race:
         raise MeasureError(

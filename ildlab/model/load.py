@@ -1,7 +1,7 @@
 """Load a causal LM and its tokenizer: the bundled model, a local folder, a GGUF file, a Hub id.
 
 Only safetensors and GGUF are read, never pickles, and code that comes with a model is never run.
-`python -m ildlab.models smollm2-135m` prepares the bundled model ahead of time.
+`python -m ildlab.model.load smollm2-135m` prepares the bundled model ahead of time.
 """
 
 from __future__ import annotations

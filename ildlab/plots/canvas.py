@@ -1,4 +1,8 @@
-"""What every figure shares: a canvas without pyplot, colours, labels, and the way out (PNG, SVG, HTML).
+"""What every figure shares: a canvas without pyplot, colours, marks, labels, and the way out (PNG, SVG, HTML).
+
+A figure is a function of data and of an optional `ax`, its own by default; it returns the Axes that it drew on, and
+tells nothing by colour alone: marks, hatches, dashes and numbers say it too. In a notebook, end a cell with
+`show(ax, alt)`.
 
 Figures have a transparent background and grey text, so that the same picture reads on a light and on
 a dark page. A single grey reaches 4.5:1 (WCAG AA) on white or on JupyterLab's dark `#111`, never on
@@ -10,7 +14,8 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +25,18 @@ import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch, Rectangle
 
 TEXT = "#707070"  # 4.95:1 on white; brightened, 6.9:1 on #111
 LINE = "#858585"  # spines and ticks: 3:1 on both
 DARK_BRIGHTNESS = 1.4
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#B5629A"
 COLOURS = (BLUE, VERMILLION, GREEN, PURPLE)  # Okabe-Ito; its yellow, orange and sky blue fade on white
+DASHES = ("-", "--", ":", "-.")
+ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}  # where a legend hides nothing
 MAP = "cividis"  # even in lightness, the same to colour-blind eyes
 DPI = 100  # CSS pixels of an inch of figure; PNGs have twice as many
 
@@ -55,20 +64,16 @@ def label_of(metric: str) -> str:
     return UNITS.get(metric, metric.replace("_", " ") or "score")
 
 
-def new_axes(ax: Axes | None, width: float = 8.0, height: float = 3.2) -> Axes:
-    """Return `ax`, or the one Axes of a new figure of its own (no pyplot), styled for both themes.
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of its own canvas (no pyplot); sizes in inches."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
-    Parameters
-    ----------
-    ax : Axes, optional
-    width, height : float
-        Inches, for a new figure.
-    """
-    if ax is None:
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        ax = figure.add_subplot()
-    return style(ax)
+
+def new_axes(ax: Axes | None, width: float = 8.0, height: float = 3.2) -> Axes:
+    """Return `ax`, or the one Axes of a new figure of so many inches, styled for both themes."""
+    return style(new_figure(width, height).add_subplot() if ax is None else ax)
 
 
 def style(ax: Axes) -> Axes:
@@ -92,40 +97,80 @@ def legend(ax: Axes, **kwargs: Any) -> None:
         ax.legend(handles=handles, frameon=False, labelcolor=TEXT, fontsize=9, **kwargs)
 
 
-def colorbar(ax: Axes, image: Any, label: str) -> None:
-    """Add a colour bar for `image` beside `ax`, labelled and in grey."""
+def note(
+    ax: Axes, text: str, xy: tuple[float, float], offset: tuple[float, float], size: float = 8, **look: Any
+) -> None:
+    """Write grey text beside a point; `offset` in points (1/72 inch)."""
+    ax.annotate(text, xy, offset, textcoords="offset points", color=TEXT, fontsize=size, **look)
+
+
+def hatch(ax: Axes, x: float, y: float | None = None, marks: str = "xxx", alpha: float | None = 0.45) -> None:
+    """Hatch the column at `x`, or the cell of a heatmap at (`x`, `y`)."""
+    if y is None:
+        box = Rectangle((x - 0.4, 0), 0.8, 1, transform=ax.get_xaxis_transform())
+    else:
+        box = Rectangle((x - 0.5, y - 0.5), 1, 1)
+    box.set(fill=False, hatch=marks, edgecolor=LINE, linewidth=0, alpha=alpha)
+    ax.add_patch(box)
+
+
+def removed_key() -> Patch:
+    """What a legend shows for a hatched column."""
+    return Patch(fill=False, edgecolor=LINE, hatch="xxx", linewidth=0, label="removed")
+
+
+def second_axis(ax: Axes, label: str) -> Axes:
+    """An axis on the right of `ax`, drawn below it: what the figure is about stays on top."""
+    second = style(ax.twinx())
+    second.spines["right"].set_visible(True)
+    second.set_ylabel(label)
+    ax.set_zorder(second.get_zorder() + 1)
+    ax.patch.set_visible(False)
+    return second
+
+
+def heatmap(ax: Axes, values: np.ndarray, label: str, norm: Normalize | None = None, **look: Any) -> AxesImage:
+    """Draw `values` [rows, columns], the first row lowest, with a colour bar labelled `label`; NaN stays empty."""
+    look = {"origin": "lower", "aspect": "auto", **look}
+    image = ax.imshow(values, cmap=MAP, norm=norm or norm_of(values), interpolation="nearest", **look)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01, fraction=0.05)
     bar.set_label(label, color=TEXT, fontsize=9)
     bar.outline.set_edgecolor(LINE)
     bar.ax.tick_params(which="both", color=LINE, labelcolor=TEXT, labelsize=8)
+    return image
 
 
-def layer_ticks(axis: Any, ids: Sequence[int]) -> None:
-    """Tick a layer axis at whole layer ids, thinned out so that they do not overlap."""
-    ids = list(ids)
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 10**6) if len(ids) / s <= 36)
-    shown = [i for i in ids if i % step == 0]
-    axis.set_ticks(shown, [str(i) for i in shown])
+def ink_of(image: AxesImage, value: float) -> str:
+    """Black or white, whichever reads better in a cell of that value; black in one that has none."""
+    return ink_on(image.cmap(image.norm(value)) if np.isfinite(value) else "white")
+
+
+def in_cell(image: AxesImage, x: float, y: float, value: float, text: str, size: float = 7, **look: Any) -> None:
+    """Write plain text into a cell of a heatmap, in the ink that reads on its colour."""
+    look = {"ha": "center", "va": "center", "fontsize": size, "color": ink_of(image, value), **look}
+    image.axes.text(x, y, text, parse_math=False, clip_on=True, **look)
+
+
+def spread_out(values: np.ndarray) -> bool:
+    """Whether one of these values dwarfs the rest and all are positive: a logarithmic scale then shows more."""
+    return bool(values.min() > 0 and values.max() > 8 * np.median(values))
 
 
 def norm_of(values: np.ndarray) -> Normalize:
     """Pick a logarithmic colour scale where all values are positive and span more than a decade."""
     finite = values[np.isfinite(values)]
-    if not finite.size:
-        return Normalize(0, 1)
-    low, high = float(finite.min()), float(finite.max())
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if low > 0 and high / low > 10:
         return LogNorm(low, high)
     return Normalize(low, high if high > low else low + 1e-12)
 
 
 def frame_of(scores: Any) -> pd.DataFrame:
-    """Turn `LayerScores`, a DataFrame, a Series or a mapping {layer id: score} into a DataFrame.
+    """`LayerScores`, a DataFrame, a Series or a mapping {layer id: score} as a DataFrame by layer id, ascending.
 
-    Returns
-    -------
-    DataFrame
-        Indexed by layer id, ascending, with a column `score` and, where known, `ci_low`, `ci_high`, `n`.
+    It has a column `score` and, where known, `ci_low`, `ci_high`, `n`.
     """
     table = getattr(scores, "table", scores)
     if isinstance(table, pd.DataFrame):
@@ -174,7 +219,6 @@ def token_ticks(axis: Any, tokens: Iterable[str], rotation: float = 90) -> None:
 
 def contrast(first: Any, second: Any) -> float:
     """Contrast ratio of two colours, 1 to 21 (WCAG 2.2, relative luminance)."""
-    from matplotlib.colors import to_rgb
 
     def luminance(colour: Any) -> float:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
@@ -197,14 +241,7 @@ def _figure(figure: Figure | Axes) -> Figure:
 
 
 def to_png(figure: Figure | Axes, scale: float = 2.0) -> bytes:
-    """Draw a figure (or the figure of an Axes) as a transparent PNG.
-
-    Parameters
-    ----------
-    figure : Figure or Axes
-    scale : float
-        Pixels of the PNG to one CSS pixel.
-    """
+    """Draw a figure (or the figure of an Axes) as a transparent PNG of `scale` pixels to one CSS pixel."""
     out = io.BytesIO()
     _figure(figure).savefig(out, format="png", dpi=DPI * scale, transparent=True)
     return out.getvalue()
@@ -230,15 +267,9 @@ def save(figure: Figure | Axes, path: str | Path) -> Path:
 
 
 def to_html(figure: Figure | Axes, alt: str, scale: float = 2.0) -> str:
-    """Draw a figure as an `<img>` with the PNG inside it and a text alternative.
+    """Draw a figure as an `<img>` with the PNG (see `to_png`) inside it.
 
-    Parameters
-    ----------
-    figure : Figure or Axes
-    alt : str
-        What the picture shows, for those who do not see it. Escaped here.
-    scale : float
-        Pixels of the PNG to one CSS pixel.
+    `alt` says what the picture shows to those who do not see it, as plain text.
     """
     figure = _figure(figure)
     data = base64.b64encode(to_png(figure, scale)).decode("ascii")
@@ -250,11 +281,12 @@ def to_html(figure: Figure | Axes, alt: str, scale: float = 2.0) -> str:
     )
 
 
+@dataclass(frozen=True)
 class Shown:
     """A figure as a notebook shows it: a picture with a text alternative, on dark and light themes."""
 
-    def __init__(self, figure: Figure | Axes, alt: str):
-        self.figure, self.alt = _figure(figure), alt
+    figure: Figure | Axes
+    alt: str
 
     def _repr_html_(self) -> str:
         return to_html(self.figure, self.alt)
@@ -264,5 +296,5 @@ class Shown:
 
 
 def show(figure: Figure | Axes, alt: str) -> Shown:
-    """Let a notebook cell end in a figure; `alt` says what it shows to those who do not see it."""
+    """Let a notebook cell end in a figure; `alt` as in `to_html`."""
     return Shown(figure, alt)

@@ -1,8 +1,7 @@
-"""Figures: functions that take data and `ax=`, and return the Axes.
+"""Figures of scores: importance by layer and by iteration, ranks, one metric or model beside another.
 
-Each works on a DataFrame (or what `measure`, `distill`, `drift` return), draws on the Axes given or on
-a new figure of its own, and never touches pyplot. In a notebook, end a cell with `ax.figure`, or show
-`to_html(ax, alt)`. What is drawn is never told by colour alone: marks, hatches and numbers say it too.
+Scores are `LayerScores`, a DataFrame with a column `score` (and, where known, `ci_low` and `ci_high`), or a mapping
+{layer id: score}.
 """
 
 from __future__ import annotations
@@ -13,27 +12,28 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from ildlab.plots.canvas import (
+    ABOVE,
     BLUE,
     COLOURS,
-    GREEN,
+    DASHES,
     LINE,
-    MAP,
     TEXT,
     VERMILLION,
-    colorbar,
     frame_of,
-    ink_on,
+    hatch,
+    heatmap,
+    in_cell,
     label_of,
-    layer_ticks,
     legend,
     metric_of,
     new_axes,
-    norm_of,
-    style,
+    note,
+    removed_key,
+    spread_out,
 )
 
 
@@ -45,28 +45,20 @@ def importance(
     removed: Iterable[int] = (),
     tied: Iterable[int] = (),
     metric: str | None = None,
-    log: bool | None = None,
 ) -> Axes:
     """Bars of importance by layer id, with confidence intervals; the layer to go is marked.
 
     Parameters
     ----------
     scores : LayerScores, DataFrame or mapping
-        By layer id: `score` and, where known, `ci_low` and `ci_high`.
     chosen : int, optional
-        Layer id to mark; by default the lowest score.
+        Layer id to mark; by default the least important one.
     removed : iterable of int
         Layer ids that are gone; those that lie between scored ones are found without it.
     tied : iterable of int
         Layer ids that the scores cannot tell from the least important one; marked "≈".
     metric : str, optional
         Names the axis where `scores` does not.
-    log : bool, optional
-        Logarithmic scale; by default where all scores are positive and one dwarfs the rest.
-
-    Returns
-    -------
-    Axes
     """
     table = frame_of(scores)
     ax = new_axes(ax)
@@ -78,69 +70,39 @@ def importance(
         chosen = int(table["score"].idxmin()) if least is None else least
     top = max([*table.index, *removed])
     gone = sorted(set(removed) | (set(range(top + 1)) - set(table.index)))
-    if log is None:
-        log = bool(values.min() > 0 and values.max() > 8 * np.median(values))
-
-    is_chosen = table.index == chosen
-    bars = ax.bar(table.index, values, width=0.8, color=np.where(is_chosen, VERMILLION, BLUE), linewidth=0)
-    for bar, mark in zip(bars, is_chosen, strict=True):
-        if mark:
-            bar.set(hatch="///", edgecolor="white")
-    if {"ci_low", "ci_high"} <= set(table.columns):
-        low, high = table["ci_low"].to_numpy(float), table["ci_high"].to_numpy(float)
-        known = np.isfinite(low) & np.isfinite(high)
-        spread = np.clip(np.stack([values - low, high - values]), 0, None)[:, known]
-        ax.errorbar(table.index[known], values[known], spread, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=2)
-    if log:
+    bars = ax.bar(table.index, values, width=0.8, color=np.where(table.index == chosen, VERMILLION, BLUE), linewidth=0)
+    if chosen in table.index:
+        bars[table.index.get_loc(chosen)].set(hatch="///", edgecolor="white")
+    _intervals(ax, table)
+    if spread_out(values):
         ax.set_yscale("log")
+    elif values.min() < 0:
+        ax.axhline(0, color=LINE, linewidth=0.8)
     bottom, ceiling = ax.get_ylim()
     for layer_id in gone:
-        box = Rectangle((layer_id - 0.4, 0), 0.8, 1, transform=ax.get_xaxis_transform())
-        box.set(fill=False, hatch="xxx", edgecolor=LINE, linewidth=0, alpha=0.45)
-        ax.add_patch(box)
-    above = {int(i): "≈" for i in tied if int(i) in table.index and int(i) != chosen}
-    if chosen in table.index:
-        above[chosen] = f"▼ {chosen}"
+        hatch(ax, layer_id)
+    above = {int(i): "≈" for i in tied if i in table.index} | (
+        {chosen: f"▼ {chosen}"} if chosen in table.index else {}
+    )
+    upper = table.get("ci_high", table["score"]).fillna(table["score"])
     for layer_id, text in above.items():
-        at = table["ci_high"].get(layer_id, np.nan) if "ci_high" in table else np.nan
-        at = at if np.isfinite(at) else table.at[layer_id, "score"]
-        ax.annotate(
-            text,
-            (layer_id, max(at, bottom)),
-            (0, 3),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            color=TEXT,
-            fontsize=9,
-            fontweight="bold",
-        )
+        look = {"ha": "center", "va": "bottom", "fontweight": "bold"}
+        note(ax, text, (layer_id, max(upper[layer_id], bottom)), (0, 3), 9, **look)
     ax.set_ylim(bottom, ceiling)
     ax.margins(y=0.12)
-    if not log and values.min() < 0:
-        ax.axhline(0, color=LINE, linewidth=0.8)
     ax.set_xlim(-0.7, top + 0.7)
-    layer_ticks(ax.xaxis, range(top + 1))
+    ax.xaxis.set_major_locator(MaxNLocator(36, integer=True))
     ax.set_xlabel("layer id")
     ax.set_ylabel(label_of(metric_of(scores, metric)))
     handles = [Patch(facecolor=BLUE, label="score, with its interval" if "ci_low" in table else "score")]
     handles.append(Patch(facecolor=VERMILLION, edgecolor="white", hatch="///", label=f"layer {chosen}: to be removed"))
-    if gone:
-        handles.append(Patch(fill=False, edgecolor=LINE, hatch="xxx", linewidth=0, label="removed"))
-    if tied:
-        handles.append(Patch(alpha=0, label="≈ tied with the least"))
-    legend(ax, handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(handles))
+    handles += [removed_key()] if gone else []
+    handles += [Patch(alpha=0, label="≈ tied with the least")] if tied else []
+    legend(ax, handles=handles, **ABOVE, ncols=len(handles))
     return ax
 
 
-def importance_by_iteration(
-    scores: Sequence[Any],
-    removed: Sequence[int],
-    ax: Axes | None = None,
-    *,
-    metric: str | None = None,
-    n_layers: int | None = None,
-) -> Axes:
+def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: Axes | None = None) -> Axes:
     """Heatmap of importance, iteration by iteration, on layer ids; layers already removed are hatched.
 
     Parameters
@@ -149,187 +111,123 @@ def importance_by_iteration(
         One for each iteration, first to last.
     removed : sequence of int
         Layer id that each iteration removed; may be one shorter than `scores` (not yet decided).
-    n_layers : int, optional
-        Layers of the teacher, where the scores do not reach the last one.
-
-    Returns
-    -------
-    Axes
     """
-    if not scores:
-        raise ValueError("There are no scores to draw: measure first.")
-    tables = [frame_of(s)["score"] for s in scores]
-    top = max([int(t.index.max()) + 1 for t in tables] + [i + 1 for i in removed] + [n_layers or 0])
-    grid = np.full((len(tables), top), np.nan)
-    for row, table in enumerate(tables):
-        grid[row, table.index] = table.to_numpy(float)
+    tables = _tables(scores)
+    top = max([int(t.index.max()) + 1 for t in tables] + [i + 1 for i in removed])
+    grid = pd.DataFrame(tables).reindex(columns=range(top)).to_numpy(float)  # [iterations, layers]
     ax = new_axes(ax, 8.5, 1.4 + 0.36 * len(tables))
-    image = ax.imshow(grid, aspect="auto", cmap=MAP, norm=norm_of(grid), interpolation="nearest")
-    for row in range(len(tables)):
-        for layer_id in range(top):
-            if np.isnan(grid[row, layer_id]):
-                box = Rectangle(
-                    (layer_id - 0.5, row - 0.5), 1, 1, fill=False, hatch="xxxx", edgecolor=LINE, linewidth=0
-                )
-                ax.add_patch(box)
-        if row < len(removed):
-            at = removed[row]
-            value = grid[row, at]
-            colour = image.cmap(image.norm(value)) if np.isfinite(value) else "white"
-            ax.text(
-                at,
-                row,
-                "×",
-                ha="center",
-                va="center",
-                color=ink_on(colour[:3] if len(colour) == 4 else colour),
-                fontsize=13,
-                fontweight="bold",
-            )
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    layer_ticks(ax.xaxis, range(top))
+    image = heatmap(ax, grid, label_of(metric_of(scores[-1])), origin="upper")
+    for row, layer_id in np.argwhere(np.isnan(grid)):
+        hatch(ax, layer_id, row, "xxxx", None)
+    for row, layer_id in enumerate(removed[: len(tables)]):
+        in_cell(image, layer_id, row, grid[row, layer_id], "×", 13, fontweight="bold")
+    ax.xaxis.set_major_locator(MaxNLocator(36, integer=True))
     ax.set_yticks(range(len(tables)), [str(i + 1) for i in range(len(tables))])
     ax.set_xlabel("layer id (× removed in this iteration, hatched: removed before)")
     ax.set_ylabel("iteration")
-    colorbar(ax, image, label_of(metric_of(scores[-1], metric)))
     return ax
 
 
-def loss_curves(history: pd.DataFrame, ax: tuple[Axes, Axes] | None = None) -> Axes:
-    """Draw the losses of a distillation, KL on the left and hidden-state MSE on the right.
+def rank_flow(scores: Sequence[Any], removed: Sequence[int] = (), ax: Axes | None = None) -> Axes:
+    """Bump chart: the rank of every layer id, iteration by iteration; rank 1 is the least important.
 
-    They have different units, so that one axis for both would say nothing of either.
-
-    Parameters
-    ----------
-    history : DataFrame
-        Columns `step`, `kl` and any that begin with `mse` or `hidden_`.
-    ax : pair of Axes, optional
-        For KL and for MSE.
-
-    Returns
-    -------
-    Axes
-        That of KL; the other is `ax.figure.axes[1]`.
+    `scores` and `removed` are as in `importance_by_iteration`.
     """
-    if ax is None:
-        first = new_axes(None, 8.5, 3.0)
-        figure = first.figure
-        figure.delaxes(first)
-        pair = tuple(style(a) for a in figure.subplots(1, 2))
-    else:
-        pair = tuple(style(a) for a in ax)
-    steps = history["step"] if "step" in history else pd.Series(range(1, len(history) + 1), index=history.index)
-    groups = (
-        ["kl"] if "kl" in history else [c for c in ("loss",) if c in history],
-        [
-            c
-            for c in history.columns
-            if str(c).startswith(("mse", "hidden_")) and not str(c).endswith(("_grad", "_share", "_norm"))
-        ],
-    )
-    for axes, columns, unit in zip(pair, groups, ("KL (nats per token)", "hidden-state loss"), strict=True):
-        drawn = []
-        for number, column in enumerate(columns):
-            colour, dash = COLOURS[number % 4], ("-", "--", ":", "-.")[(number + number // 4) % 4]
-            values = pd.to_numeric(history[column], errors="coerce")
-            if not values.notna().any():
-                continue
-            drawn.append(values)
-            smooth = len(values) >= 20
-            if smooth:
-                axes.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8)
-                values = values.rolling(max(5, len(values) // 20), min_periods=1, center=True).median()
-            name = str(column).replace("_", " ") + (" (running median)" if smooth and len(columns) == 1 else "")
-            marker = "o" if len(values) < 8 else None
-            axes.plot(
-                steps, values, color=colour, linestyle=dash, linewidth=1.8, label=name, marker=marker, markersize=3
-            )
-        if drawn and min(v.min() for v in drawn) > 0:
-            low, high = min(v.min() for v in drawn), max(v.max() for v in drawn)
-            if high > 3 * low:
-                axes.set_yscale("log")
-                axes.yaxis.set_minor_formatter(ScalarFormatter() if high < 20 * low else "")
-                axes.tick_params(axis="y", which="minor", labelsize=7)
-        if not drawn:
-            axes.text(0.5, 0.5, "not part of this loss", transform=axes.transAxes, ha="center", color=TEXT, fontsize=9)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.set_xlabel("step")
-        axes.set_ylabel(unit)
-        legend(axes)
-    return pair[0]
+    ranks = pd.DataFrame({k + 1: t.rank(method="first") for k, t in enumerate(_tables(scores))}).sort_index()
+    ax = new_axes(ax, max(4.5, 1.6 + 0.9 * len(scores)), max(3.0, 0.9 + 0.17 * len(ranks)))
+    marked = list(dict.fromkeys(removed))
+    for layer_id, row in ranks.iterrows():
+        row = row.dropna()
+        look = {"color": LINE, "linewidth": 0.9, "alpha": 0.7, "marker": ".", "markersize": 4}
+        gone = marked.index(layer_id) + 1 if layer_id in marked else None
+        if gone:
+            look = {"color": COLOURS[(gone - 1) % 4], "linestyle": DASHES[(gone - 1) % 4]}
+            look |= {"linewidth": 2.2, "marker": "o", "markersize": 4, "zorder": 3}
+        ax.plot(row.index, row, **look)
+        for at, side, align in ((row.index[0], -6, "right"), (row.index[-1], 7, "left")):
+            text = f"{layer_id} ×" if align == "left" and at == gone else str(layer_id)
+            note(ax, text, (at, row[at]), (side, 0), ha=align, va="center", fontweight="bold" if gone else "normal")
+    ax.set_xticks(range(1, len(scores) + 1))
+    ax.set_xlim(0.6, len(scores) + 0.4)
+    ax.set_ylim(0.3, len(ranks) + 0.7)
+    ax.yaxis.set_major_locator(MaxNLocator(36, integer=True))
+    ax.set_xlabel("iteration (labels: layer id; × removed in this iteration)")
+    ax.set_ylabel("rank (1: least important)")
+    return ax
 
 
-def quality(
-    table: pd.DataFrame, ax: Axes | None = None, *, value: str = "perplexity", teacher: float | None = None
+def metric_scatter(scores_a: Any, scores_b: Any, ax: Axes | None = None) -> Axes:
+    """One metric against another, a point a layer with its id; Spearman's rank correlation in the corner.
+
+    Layers that only one of them scored are left out. The least important layer of each is a triangle.
+    """
+    pair = pd.DataFrame({"a": frame_of(scores_a)["score"], "b": frame_of(scores_b)["score"]}).dropna()
+    if len(pair) < 2:
+        raise ValueError("The two scores share fewer than 2 layers: measure both on the same student.")
+    ax = new_axes(ax, 5.4, 4.4)
+    least = pair.index.isin([pair["a"].idxmin(), pair["b"].idxmin()])
+    ax.scatter(pair["a"][~least], pair["b"][~least], s=18, facecolors="none", edgecolors=BLUE)
+    ax.scatter(pair["a"][least], pair["b"][least], s=40, color=VERMILLION, marker="v", label="least of a metric")
+    for layer_id, a, b in pair.itertuples():
+        note(ax, str(layer_id), (a, b), (4, 3))
+    for column, scale in (("a", ax.set_xscale), ("b", ax.set_yscale)):
+        if spread_out(pair[column].to_numpy()):
+            scale("log")
+    words = f"Spearman ρ = {pair['a'].corr(pair['b'], method='spearman'):.2f}\n{len(pair)} layers"
+    ax.text(0.02, 0.98, words, transform=ax.transAxes, va="top", color=TEXT, fontsize=9)
+    ax.margins(0.1)
+    ax.set_xlabel(label_of(metric_of(scores_a)))
+    ax.set_ylabel(label_of(metric_of(scores_b)))
+    legend(ax, loc="lower right")
+    return ax
+
+
+def profile_beside(
+    scores: Any,
+    published: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    names: tuple[str, str] = ("SmolLM2-135M", "Qwen2.5-3B (published)"),
 ) -> Axes:
-    """Draw quality against the number of layers removed, with parameters on a second axis.
+    """A model's Block Influence beside another's, over relative depth (0: first layer, 1: last).
 
     Parameters
     ----------
-    table : DataFrame
-        One row a number of layers removed: `n_removed`, `{value}_before` and `{value}_after`
-        distillation (or `{value}` alone), and optionally `parameters`.
-    value : str
-        "perplexity", "kl", "aggregate" or another pair of columns.
-    teacher : float, optional
-        The teacher's value, as a dotted line.
-
-    Returns
-    -------
-    Axes
-        That of the quality; the one of the parameters is `ax.figure.axes[-1]`.
+    scores : LayerScores, DataFrame or mapping
+    published : DataFrame
+        `layer_id` and `block_influence`, such as data/published/qwen2.5-3b_block_influence.csv.
+    names : pair of str
     """
-    columns = [
-        (f"{value}_before", "removed only", VERMILLION, "--", "s"),
-        (f"{value}_after", "removed and distilled", BLUE, "-", "o"),
-        (value, value, BLUE, "-", "o"),
-    ]
-    columns = [c for c in columns if c[0] in table.columns and table[c[0]].notna().any()]
-    if "n_removed" not in table.columns or not columns:
-        raise ValueError(
-            f"A quality table needs n_removed and {value}, {value}_before or {value}_after; "
-            f"this one has {list(table.columns)}."
-        )
-    table = table.sort_values("n_removed")
-    ax = new_axes(ax, 6.5, 3.4)
-    units = {"kl": "KL to the teacher (nats/token)"}
-    if "parameters" in table.columns and table["parameters"].notna().any():
-        second = style(ax.twinx())
-        second.spines["right"].set_visible(True)
-        second.bar(
-            table["n_removed"],
-            table["parameters"] / 1e6,
-            width=0.55,
-            facecolor="none",
-            edgecolor=LINE,
-            hatch="..",
-            alpha=0.5,
-            linewidth=0.8,
-            label="parameters",
-        )
-        second.set_ylabel("parameters (millions, dotted bars)")
-        # The lines are what the figure is about: keep them above the bars.
-        ax.set_zorder(second.get_zorder() + 1)
-        ax.patch.set_visible(False)
-    for column, label, colour, dash, marker in columns:
-        known = table[table[column].notna()]
-        ax.plot(known["n_removed"], known[column], dash, color=colour, marker=marker, label=label, linewidth=1.8)
-        last = known.iloc[-1]
-        ax.annotate(
-            f"{last[column]:.3g}",
-            (last["n_removed"], last[column]),
-            (6, 4),
-            textcoords="offset points",
-            color=TEXT,
-            fontsize=9,
-        )
-    if teacher is not None:
-        ax.axhline(teacher, color=GREEN, linestyle=":", linewidth=1.5, label=f"teacher ({teacher:.3g})")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.margins(x=0.1, y=0.12)
-    ax.set_xlabel("layers removed")
-    ax.set_ylabel(f"held-out {units.get(value, label_of(value))}")
-    legend(ax, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    own = frame_of(scores)["score"]
+    theirs = published.set_index("layer_id")["block_influence"].sort_index()
+    ax = new_axes(ax, 7.5, 3.6)
+    looks = ((BLUE, "-", "o"), (VERMILLION, "--", "s"))
+    for values, name, (colour, dash, marker) in zip((own, theirs), names, looks, strict=True):
+        depth = int(values.index.max()) + 1
+        x = values.index.to_numpy(float) / max(depth - 1, 1)
+        ax.plot(x, values, dash, color=colour, marker=marker, markersize=4, label=f"{name}, {depth} layers")
+        at = values.idxmin()
+        note(ax, f"least: {at}", (at / max(depth - 1, 1), values[at]), (0, -6), ha="center", va="top")
+    if spread_out(np.r_[own, theirs]):
+        ax.set_yscale("log")
+    ax.margins(y=0.15)
+    ax.set_xlabel("relative depth (0: first layer, 1: last layer)")
+    ax.set_ylabel(label_of("block_influence"))
+    legend(ax, **ABOVE, ncols=2)
     return ax
+
+
+# ------------------------------------------------------------------ shared
+
+
+def _tables(scores: Sequence[Any]) -> list[pd.Series]:
+    if not scores:
+        raise ValueError("There are no scores to draw: measure first.")
+    return [frame_of(s)["score"] for s in scores]
+
+
+def _intervals(ax: Axes, table: pd.DataFrame) -> None:
+    if {"ci_low", "ci_high"} <= set(table.columns):
+        known = table[np.isfinite(table["ci_low"]) & np.isfinite(table["ci_high"])]
+        spread = np.stack([known["score"] - known["ci_low"], known["ci_high"] - known["score"]]).clip(0)  # [2, layers]
+        ax.errorbar(known.index, known["score"], spread, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=2)

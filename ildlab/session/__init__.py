@@ -1,4 +1,10 @@
-"""A run: its folder and journal, what is done in it, the loop, and the checkpoint that comes out."""
+"""A run: its folder and journal, what is done in it, the loop, and the checkpoint that comes out.
+
+`config` says what a run is of; `journal` keeps every step on disk; `run` holds teacher, student and journal together.
+On a `Run` act `actions` (measure, remove, distill, evaluate, undo) and `loop`, which chains them; `tables` and
+`diagnosis` read the journal; `export` writes the student, and `doctor` proves it. `session` is the face of all that,
+`whatif` tries layers off, `methods` compares whole runs.
+"""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""What a session's long actions do: measure, distill, evaluate, each ending in a step of the journal.
+"""What is done to a run's student: measure, remove, distill, evaluate, undo, each ending in a step of the journal.
 
-Generators of `Progress` over a `PruningSession`, which documents them; each holds the session for its whole
-life. One that is closed or fails leaves the student as the journal has it.
+The long ones are generators of `Progress`; each holds the run for its whole life. One that is closed or fails leaves
+the student as the journal has it. All are methods of `PruningSession`.
 """
 
 from __future__ import annotations
@@ -9,265 +9,270 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from ildlab.distill.config import DistillConfig, match_points, resolve_scope
-from ildlab.distill.masters import decisive
-from ildlab.distill.train import distill_steps
-from ildlab.errors import DistillError, FileError, JournalError, NotFiniteError, SessionError
-from ildlab.evaluate.text_quality import Evaluation, evaluate_steps
+from ildlab.distill.checkpoint import decisive
+from ildlab.distill.config import DistillConfig, DistillResult
+from ildlab.distill.scope import match_points, resolve_scope
+from ildlab.distill.train import distill_steps as train_steps
+from ildlab.errors import NotFiniteError, SessionError
+from ildlab.evaluate.record import Evaluation
+from ildlab.evaluate.text_quality import evaluate_steps as judge_steps
 from ildlab.importance.config import options_of
-from ildlab.importance.dispatch import measure_steps
+from ildlab.importance.dispatch import measure_steps as score_steps
 from ildlab.importance.scores import LayerScores
-from ildlab.progress import Progress, relabel
-from ildlab.session.journal import CHANGES_STUDENT
+from ildlab.progress import Work, relabel
+from ildlab.session.journal import CHANGES_STUDENT, Step
+from ildlab.session.run import Run, text_record
+from ildlab.text.blocks import TextBlocks
 
-if TYPE_CHECKING:
-    from ildlab.session.session import PruningSession
 
+def measure_steps(run: Run, metric: str | None = None, **options: Any) -> Work[LayerScores]:
+    """Score today's layers on the calibration text, and journal the scores.
 
-def measure(
-    session: PruningSession, metric: str | None, options: dict[str, Any]
-) -> Generator[Progress, None, LayerScores]:
-    """Score today's layers and journal the scores."""
-    metric = metric or session.config.metric
+    Parameters
+    ----------
+    metric : str, optional
+        By default the run's.
+    **options
+        As in `ildlab.measure`: `race`, `positions`, `batch_size`, `seed`, ...; those not given are the run's.
+    """
+    metric = metric or run.config.metric
     # Of the run's options, those that this metric has: a race is none of a metric of one pass.
-    inherited = {k: v for k, v in session.config.measure.items() if k in options_of(metric)}
-    options = {**inherited, **options}
-    seed = options.pop("seed", session._seed())
-    if metric == "task":
-        options.setdefault("suite", session.config.suite)
-    task = metric == "task"
-    with session.acting("measure"):
-        started = time.perf_counter()
-        scores = yield from measure_steps(
-            session.student,
-            None if task else session.text("calibration"),
-            metric,
-            None if task else session.teacher,
-            tokenizer=session.tokenizer if task else None,
-            seed=seed,
-            **options,
-        )
-        session._append(
-            "measure",
-            args={"metric": metric, **options},
-            result={"scores": scores.to_dict()},
-            seed=seed,
-            seconds=time.perf_counter() - started,
-        )
+    options = {k: v for k, v in run.config.measure.items() if k in options_of(metric)} | options
+    seed = options.pop("seed", run.seed)
+    by_task = metric == "task"  # decided by a suite's rows, beside no teacher and on no text
+    if by_task:
+        options.setdefault("suite", run.config.suite)
+    with run.acting("measure"):
+        blocks, teacher = (None, None) if by_task else (run.text("calibration"), run.teacher)
+        needs = {"tokenizer": run.tokenizer} if by_task else {}
+        scores = yield from score_steps(run.student, blocks, metric, teacher, seed=seed, **options, **needs)
+        found = {"scores": scores.to_dict()} | ({} if by_task else {"text": text_record(blocks)})
+        run.append("measure", args={"metric": metric, **options}, result=found, seed=seed)
     return scores
 
 
-def distill(
-    session: PruningSession, config: DistillConfig, text: str | None, gap: Sequence[int] | None
-) -> Generator[Progress, None, Any]:
-    """Distill the student and journal the changed weights; closed, it keeps what was trained so far."""
-    with session.acting("distill"):
-        return (yield from _distill(session, config, text, gap))
+def remove(run: Run, layer_id: int | None = None) -> int:
+    """Remove a layer, by default the least important one by the latest scores, and return its id.
+
+    Raises
+    ------
+    SessionError
+        The layer is gone already, is the last one, or none was named and nothing was measured.
+    """
+    with run.acting("remove a layer"):
+        scores, student = run.scores, run.student
+        if layer_id is None:
+            if scores is None:
+                raise SessionError(
+                    "The student changed since it was last measured: measure() first, or say which layer_id to remove."
+                )
+            layer_id = int(scores.least_important)
+        student.position(layer_id)
+        if len(student) == 1:
+            raise SessionError("The student has one layer left; it cannot be removed.")
+        known = scores is not None and layer_id in scores.table.index
+        told = {"score": float(scores.table.loc[layer_id, "score"]) if known else None}
+        told["metric"] = scores.metric if scores else None
+        left = [i for i in student.layer_ids if i != layer_id]
+        # The journal first: if it cannot be written, the student has not changed either.
+        run.journal.append("remove", layer_ids=left, args={"layer_id": layer_id, **told}, seed=run.seed)
+        student.remove(layer_id)
+    return layer_id
 
 
-def _distill(session: PruningSession, config: DistillConfig, text: str | None, gap: Sequence[int] | None):
-    gap = _gap(session) if gap is None else _removed_before(session, gap)
-    seed = session._seed() if config.seed is None else config.seed
-    config = replace(config, seed=seed)
-    # All that can be wrong is found out before anything of an interrupted distillation is set aside.
-    config.check()
-    match_points(config, session.student, resolve_scope(config.scope, session.student, gap))
-    changed = [step.step for step in session.path if step.action in CHANGES_STUDENT]
-    checkpoint = _checkpoint_of(session.folder / "checkpoint", changed, config, text, gap)
-    metrics = session.folder / "metrics" / f"{len(session.steps):03d}.jsonl"
-    started = time.perf_counter()
-    work = distill_steps(
-        session.student,
-        session.teacher,
-        session.text("train", text, config.tokens),
-        config,
-        gap=gap,
-        checkpoint=checkpoint,
-        metrics_path=metrics,
-    )
-    last: Progress | None = None
-    try:
-        while True:
-            try:
-                last = next(work)
-            except StopIteration as stop:
-                result = stop.value
-                break
-            yield last
-    except GeneratorExit:
-        work.close()
-        if last is not None and last.done > 0:
-            trained = resolve_scope(config.scope, session.student, gap)
-            _commit_distill(session, trained, config, gap, {"stopped_at": last.done}, seed, started)
-            checkpoint.unlink(missing_ok=True)  # what it holds is journaled now
-        raise
-    except BaseException as error:
-        # Whatever went wrong, today's student is again the one of the journal.
-        work.close()
-        session.student = session.student_at(session.journal.head.step)
-        if isinstance(error, NotFiniteError):  # the journal keeps why, for `diagnose`
-            session._append("failed", args={"action": "distill"}, result={"error": str(error)}, seed=seed)
-        raise
-    summary = {
-        "tokens": result.tokens,
-        "text": text or session.config.text,
-        "last": _plain(result.history.iloc[-1].to_dict()),
-    }
-    _commit_distill(session, result.trained, config, gap, summary, seed, started)
-    shutil.rmtree(checkpoint.parent, ignore_errors=True)
+def undo(run: Run, to: int | None = None, *, reason: str = "") -> Step:
+    """Go back to a step, by default to before the latest change of the student, and return it. Nothing is deleted.
+
+    `to` may also be a step that was undone before, to take it again; `reason` is journaled.
+    """
+    if to is None:
+        changes = [step for step in run.path if step.action in CHANGES_STUDENT]
+        if not changes:
+            raise SessionError("There is nothing to undo: the student is still the teacher.")
+        to = changes[-1].parent
+    if not 0 <= to < len(run.steps):
+        raise SessionError(f"There is no step {to}: the journal has steps 0 to {len(run.steps) - 1}.")
+    if run.steps[to].action == "undo":
+        raise SessionError(f"Step {to} is itself an undo: go to step {run.steps[to].args['to']} instead.")
+    with run.acting("undo"):
+        student = run.student_at(to)
+        run.journal.append("undo", layer_ids=student.layer_ids, args={"to": to, "reason": reason})
+        run.student = student
+    return run.journal.head
+
+
+def distill_steps(
+    run: Run,
+    config: DistillConfig | None = None,
+    *,
+    text: str | None = None,
+    gap: Sequence[int] | None = None,
+    processes: int | None = None,
+    **changes: Any,
+) -> Work[DistillResult]:
+    """Distill the student from the teacher on the train text, and journal the changed weights.
+
+    The generator, closed, keeps what was trained so far, as a step.
+
+    Parameters
+    ----------
+    config : DistillConfig, optional
+        By default the run's.
+    text : str, optional
+        Another source of `load_text` to train on in this step.
+    gap : sequence of int, optional
+        Removed layers that "neighbours" and "window(k)" are counted from (a suffix begins at the lowest
+        layer ever removed). By default those removed since the last distillation.
+    processes : int, optional
+        Processes that train together, each on a device of its own (they share a batch evenly); 1 stays in this
+        process. By default the run's.
+    **changes
+        Fields of the config to change for this step. `tokens` above the run's `train_tokens` draws more text;
+        without a `seed` (None), data order follows the place in the run.
+
+    Raises
+    ------
+    NotFiniteError
+        The loss stopped being finite; the student is again as it was before the step.
+    """
+    with run.acting("distill"):
+        # All that can be wrong is found out before anything of an interrupted distillation is set aside.
+        config = DistillConfig.from_dict((config.to_dict() if config else run.config.distill) | changes)
+        config = replace(config, seed=run.seed if config.seed is None else config.seed)
+        processes = run.config.processes if processes is None else processes
+        if processes < 1:
+            raise SessionError(f"processes={processes}: at least 1 distills.")
+        gap = _open_gap(run) if gap is None else list(gap)
+        if not gap or set(gap) - set(run.removed):
+            raise SessionError(f"gap={gap}: give layers that were removed so far: {run.removed or 'none yet'}.")
+        trained = resolve_scope(config.scope, run.student, gap)
+        match_points(config, run.student, trained)
+        blocks = run.text("train", text, config.tokens)
+        checkpoint = _checkpoint_of(run, config, text, gap)
+
+        asked = {"config": config.to_dict(), "gap": gap, "trained": trained, "processes": processes}
+
+        def commit(**found: Any) -> None:
+            found["text"] = text_record(blocks)
+            run.commit("distill", trained, args=asked, result=found, seed=config.seed)
+
+        work, done = _training(run, blocks, config, gap, processes, checkpoint), 0
+        try:
+            while True:
+                progress = next(work)
+                done = progress.done
+                yield progress
+        except StopIteration as stop:
+            result = stop.value
+        except GeneratorExit:
+            work.close()
+            if done > 0:
+                commit(stopped_at=done)
+                checkpoint.unlink(missing_ok=True)  # what it holds is journaled now
+            raise
+        except BaseException as error:
+            work.close()
+            run.restore()
+            if isinstance(error, NotFiniteError):  # the journal keeps why, for `diagnose`
+                run.append("failed", args={"action": "distill"}, result={"error": str(error)}, seed=config.seed)
+            raise
+        commit(tokens=result.tokens, last=result.history.iloc[-1].to_dict())
+        shutil.rmtree(checkpoint.parent, ignore_errors=True)
     return result
 
 
-def evaluate(
-    session: PruningSession, suite: str | bool | None, cache: Path | None, undistilled: bool, options: dict[str, Any]
-) -> Generator[Progress, None, Evaluation]:
-    """Judge today's student and journal the result."""
-    suite = None if suite is False else suite or session.config.suite
-    blocks = session.text("eval")
-    # Perplexity and even the aggregate can look fine while copying has collapsed.
-    options.setdefault("canaries", True)
-    with session.acting("evaluate"):
-        started = time.perf_counter()
-        teacher = teacher_evaluation(session, suite)
-        found = yield from evaluate_steps(
-            session.student,
-            session.teacher,
-            blocks,
-            tokenizer=session.tokenizer,
-            suite=suite,
-            teacher_record=teacher.teacher_record() if teacher else None,
-            cache=cache or session.folder / "suites",
-            **options,
-        )
-        bare_figures = None
-        if undistilled and session.trained:
-            # What the same removals cost without any distillation: the other curve of the paper's figure.
-            bare = session.teacher.share()
-            for layer_id in session.removed:
-                bare.remove(layer_id)
-            work = evaluate_steps(bare, session.teacher, blocks, speed=False)
-            plain = yield from relabel(work, "(never distilled) ")
-            bare_figures = {"perplexity": plain.perplexity, "kl": plain.kl, "agreement": plain.agreement}
-        session._append(
-            "evaluate",
-            args={"suite": suite},
-            result=_plain(
-                {
-                    "evaluation": found.to_dict(),
-                    "undistilled": bare_figures,
-                    "loss": quality_loss(found),
-                    "aggregate": found.aggregate,
-                }
-            ),
-            seconds=time.perf_counter() - started,
-        )
-    return found
+def _training(
+    run: Run, blocks: TextBlocks, config: DistillConfig, gap: list[int], processes: int, checkpoint: Path
+) -> Work[DistillResult]:
+    """The distillation itself, in this process or in several of their own."""
+    steps, spread = train_steps, {}
+    if processes > 1:
+        from ildlab.distill.processes import distill_steps as steps
+
+        spread = {"processes": processes, "teacher_name": run.loaded.name}
+    metrics = run.journal.losses_of(len(run.steps))
+    files = {"checkpoint": checkpoint, "metrics_path": metrics}
+    return steps(run.student, run.teacher, blocks, config, gap=gap, **files, **spread)
 
 
-def quality_loss(found: Evaluation) -> float:
-    """The share of quality lost that `max_loss` limits.
-
-    With a suite, 1 - aggregate of the student / aggregate of the teacher (arXiv 2511.05085); without,
-    1 - perplexity of the teacher / perplexity of the student.
-    """
-    if found.suite is not None:
-        return found.quality_loss
-    return 1 - found.teacher_perplexity / found.perplexity
-
-
-# ---------------------------------------------------------------- helpers
-
-
-def teacher_evaluation(session: PruningSession, suite: str | None) -> Evaluation | None:
-    """The run's evaluation of its whole teacher on a suite (None: on any), where it has one."""
-    for step in session.steps:
-        if (
-            step.action == "evaluate"
-            and suite in (None, step.args["suite"])
-            and len(step.layer_ids) == len(session.teacher)
-        ):
-            return Evaluation.from_dict(step.result["evaluation"])
-    return None
-
-
-def _gap(session: PruningSession) -> list[int]:
+def _open_gap(run: Run) -> list[int]:
     """Layers removed since the student was last distilled: where it has to heal."""
     gap: list[int] = []
-    for step in session.path:
-        if step.action == "distill" and "stopped_at" not in step.result:
+    for step in run.path:
+        if step.action == "distill" and step.whole:
             gap = []
         elif step.action == "remove":
             gap.append(step.args["layer_id"])
-    gap = gap or session.removed[-1:]
+    gap = gap or run.removed[-1:]
     if not gap:
         raise SessionError("Nothing was removed yet: the student is the teacher, and has nothing to learn from it.")
     return gap
 
 
-def _removed_before(session: PruningSession, gap: Sequence[int]) -> list[int]:
-    unknown = sorted(set(gap) - set(session.removed))
-    if unknown or not gap:
-        raise SessionError(
-            f"gap={list(gap)}: give layers that were removed. {unknown or 'None'} of them was; "
-            f"removed so far: {session.removed or 'none'}."
-        )
-    return list(gap)
-
-
-def _commit_distill(session: PruningSession, trained, config, gap, summary, seed, started) -> None:
-    _commit(
-        session,
-        "distill",
-        trained,
-        args={"config": config.to_dict(), "gap": gap, "trained": list(trained)},
-        result=summary,
-        seed=seed,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _commit(session: PruningSession, action: str, changed: list[int], **fields: Any) -> None:
-    """Journal a step that changed the weights of some layers, rounded to what is stored."""
-    dtype = session.weights_dtype
-    tensors = {}
-    for layer_id in changed:
-        layer = session.student.layers[session.student.position(layer_id)]
-        with torch.no_grad():
-            for name, parameter in layer.named_parameters():
-                stored = parameter.to(dtype)
-                parameter.copy_(stored)
-                tensors[f"layer.{layer_id}.{name}"] = stored
-    try:
-        session._append(action, tensors=tensors or None, **fields)
-    except (FileError, JournalError):
-        session.student = session.student_at(session.journal.head.step)
-        raise
-
-
-def _checkpoint_of(folder: Path, changed: list[int], config: DistillConfig, text: str | None, gap: list[int]) -> Path:
+def _checkpoint_of(run: Run, config: DistillConfig, text: str | None, gap: list[int]) -> Path:
     """File for the checkpoints of this very distillation: another one's, of other settings, stays where it is."""
-    folder.mkdir(parents=True, exist_ok=True)
+    changed = [step.step for step in run.path if step.action in CHANGES_STUDENT]
     content = {"after_steps": changed, "config": decisive(config), "text": text, "gap": gap}
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    folder = run.folder / "checkpoint"
+    folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{name}.safetensors"
 
 
-def _plain(value: Any) -> Any:
-    """JSON-able copy: numpy and torch scalars become Python's; a NaN is an error, not a value."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and value != value:
-        raise DistillError("A recorded value is NaN: it would hide a failure. Look at the step's metrics file.")
-    return value
+def evaluate_steps(
+    run: Run, suite: str | bool | None = None, *, undistilled: bool = True, cache: Path | None = None, **options: Any
+) -> Work[Evaluation]:
+    """Judge today's student against the teacher, and journal the result.
+
+    Parameters
+    ----------
+    suite : str or False, optional
+        By default (None) the run's; False for the eval text alone.
+    undistilled : bool
+        Evaluate the teacher without the same layers, never distilled, as well.
+    cache : path, optional
+        Folder where suite results are kept; by default one in the run's.
+    **options
+        As in `ildlab.evaluate.text_quality.evaluate_steps`.
+    """
+    suite = (None if suite is False else suite) if suite is not None else run.config.suite
+    # Perplexity and even the aggregate can look fine while copying has collapsed.
+    options.setdefault("canaries", True)
+    with run.acting("evaluate"):
+        blocks = run.text("eval")
+        teacher = teacher_evaluation(run, suite)
+        found = yield from judge_steps(
+            run.student,
+            run.teacher,
+            blocks,
+            tokenizer=run.tokenizer,
+            suite=suite,
+            teacher_record=teacher and teacher.teacher_record(),
+            cache=cache or run.folder / "suites",
+            **options,
+        )
+        bare = None
+        if undistilled and run.trained:
+            # What the same removals cost without any distillation: the other curve of the paper's figure.
+            pruned = run.teacher.share()
+            for layer_id in run.removed:
+                pruned.remove(layer_id)
+            plain = yield from relabel(judge_steps(pruned, run.teacher, blocks, speed=False), "(never distilled) ")
+            bare = {name: getattr(plain, name) for name in ("perplexity", "kl", "agreement")}
+        told = {"evaluation": found.to_dict(), "undistilled": bare, "loss": found.loss, "aggregate": found.aggregate}
+        run.append("evaluate", args={"suite": suite}, result=told | {"text": text_record(blocks)})
+    return found
+
+
+def teacher_evaluation(run: Run, suite: str | None) -> Evaluation | None:
+    """The run's evaluation of its whole teacher on a suite (None: on any), where it has one."""
+    for step in run.steps:
+        asked = step.action == "evaluate" and suite in (None, step.args["suite"])
+        if asked and len(step.layer_ids) == len(run.teacher):
+            return Evaluation.from_dict(step.result["evaluation"])
+    return None

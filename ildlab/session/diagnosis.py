@@ -5,56 +5,45 @@ The signatures are those that the method's authors name (arXiv 2511.05085); thre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from ildlab.errors import first_line
+from ildlab.session.run import Run
+from ildlab.session.tables import history_table
+
+Row = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a signature is seen.
-
-    Parameters
-    ----------
-    aggregate_floor : float
-        An aggregate below this, after `many_removed` removals without distillation, is collapse.
-    many_removed : int
-    sharp_drop : float
-        Part of the teacher's aggregate (or, without a suite, nats of KL) that one removal may cost.
-    sharp_kl : float
-        Nats of KL that one removal may add, where there is no aggregate to go by.
-    recovery : float
-        Part of the KL added by a removal that distillation should win back.
-    """
+    """When a signature is seen."""
 
     aggregate_floor: float = 0.3
+    """An aggregate below this, after `many_removed` removals without distillation, is collapse."""
     many_removed: int = 4
     sharp_drop: float = 0.15
+    """Part of the teacher's aggregate that one removal may cost."""
     sharp_kl: float = 0.7
+    """Nats of KL that one removal may add, where there is no aggregate to go by."""
     recovery: float = 0.25
+    """Part of the KL added by a removal that distillation should win back."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A failure signature that was seen.
-
-    Parameters
-    ----------
-    signature : str
-        `"pruning without distillation"`, `"essential layer"`, `"not finite"` or `"no recovery"`.
-    n_removed : int or None
-        Layers removed when it was seen.
-    layer_id : int or None
-        The layer removed last.
-    seen, advice : str
-        The figures it was told from; what to try.
-    """
+    """A failure signature that was seen, told from which figures, and what to try."""
 
     signature: str
+    """`"pruning without distillation"`, `"essential layer"`, `"not finite"` or `"no recovery"`."""
     n_removed: int | None
+    """Layers removed when it was seen."""
     layer_id: int | None
+    """The layer removed last."""
     seen: str
     advice: str
 
@@ -70,8 +59,7 @@ def diagnose(
     Parameters
     ----------
     history : PruningSession, DataFrame or iterable of mappings
-        One row an iteration, the teacher first, with the columns of `ildlab.session.tables.history_table`:
-        `n_removed`, `layer_id`, `kl`, `kl_pruned`, `aggregate`, `aggregate_pruned`. What is missing is not judged.
+        Rows as of `ildlab.session.tables.history_table`; columns that are missing are not judged.
     errors : sequence of str or exceptions
         Errors that steps ended with, beside those in a session's journal.
     thresholds : Thresholds, optional
@@ -81,73 +69,66 @@ def diagnose(
     list of Finding, in the order of the iterations; empty where nothing is wrong
     """
     limits = thresholds or Thresholds()
-    rows = [_clean(row) for row in _rows(history)]
+    table = history_table(history) if isinstance(history, Run) else history
+    rows = [_clean(row) for row in (table.to_dict("records") if isinstance(table, pd.DataFrame) else table)]
+    whole = next((_aggregate(row) for row in rows if row.get("n_removed") == 0), None)
     found: list[Finding] = []
-    teacher_aggregate = next((r["aggregate"] for r in rows if r.get("n_removed") == 0 and "aggregate" in r), None)
     for before, row in zip([{}, *rows], rows, strict=False):
-        n = int(row.get("n_removed", 0))
-        if n == 0:
-            continue
-        at = {"n_removed": n, "layer_id": int(row["layer_id"]) if "layer_id" in row else None}
-        distilled = "kl" in row or "perplexity" in row
-        aggregate = _aggregate(row)
-        if aggregate is not None and aggregate < limits.aggregate_floor and n >= limits.many_removed:
-            if not distilled or row.get("distilled") is False:
-                found.append(
-                    Finding(
-                        "pruning without distillation",
-                        **at,
-                        seen=f"the aggregate is {aggregate:.3f} after {n} removals that were not distilled.",
-                        advice="Distill after every removal; go back to before the collapse with undo.",
-                    )
-                )
-        drop = _drop(before, row, teacher_aggregate, limits)
-        if drop:
-            found.append(
-                Finding(
-                    "essential layer",
-                    **at,
-                    seen=f"removing layer {at['layer_id']} alone cost {drop}.",
-                    advice="Undo it, keep that layer, and take the next least important one; late layers often cannot "
-                    "be spared whatever a one-pass metric says (compare it with metric='kl').",
-                )
-            )
-        pruned, after, floor = row.get("kl_pruned"), row.get("kl"), before.get("kl", 0.0)
-        if pruned is not None and after is not None and pruned - floor > 0.02:
-            won = (pruned - after) / (pruned - floor)
-            if won < limits.recovery:
-                found.append(
-                    Finding(
-                        "no recovery",
-                        **at,
-                        seen=f"distillation won back {max(won, 0):.0%} of the KL that the removal added "
-                        f"({pruned:.3f} -> {after:.3f} nats a token).",
-                        advice="The student lacks capacity, or the text is too little or too unlike what it is judged on: "
-                        "give more and more general text (text='teacher-samples'), train more layers (scope='all'), "
-                        "or stop here.",
-                    )
-                )
+        if row.get("n_removed", 0) > 0:
+            seen = (_collapse(row, limits), _essential(before, row, whole, limits), _no_recovery(before, row, limits))
+            layer_id = int(row["layer_id"]) if "layer_id" in row else None
+            found += [Finding(signature, int(row["n_removed"]), layer_id, *said) for signature, said in seen if said]
     for error in [*_failures(history), *errors]:
-        text = str(error)
-        if "finite" in text or "nan" in text.lower():
-            found.append(
-                Finding(
-                    "not finite",
-                    None,
-                    None,
-                    seen=text.splitlines()[0],
-                    advice="Logits are scaled too high for the dtype: lower the learning rate, or use bf16 or fp32.",
-                )
-            )
+        if "finite" in str(error) or "nan" in str(error).lower():
+            advice = "Logits are scaled too high for the dtype: lower the learning rate, or use bf16 or fp32."
+            found.append(Finding("not finite", None, None, first_line(error), advice))
     return found
 
 
-def _rows(history: Any) -> Iterable[Mapping[str, Any]]:
-    if hasattr(history, "path") and hasattr(history, "teacher"):
-        from ildlab.session.tables import history_table
+Seen = tuple[str, tuple[str, str] | None]  # a signature, and figures with advice where it is seen
 
-        history = history_table(history)
-    return history.to_dict("records") if isinstance(history, pd.DataFrame) else history
+
+def _collapse(row: Row, limits: Thresholds) -> Seen:
+    signature, aggregate, n = "pruning without distillation", _aggregate(row), row["n_removed"]
+    distilled = ("kl" in row or "perplexity" in row) and row.get("distilled") is not False
+    if aggregate is None or aggregate >= limits.aggregate_floor or n < limits.many_removed or distilled:
+        return signature, None
+    return signature, (
+        f"the aggregate is {aggregate:.3f} after {n:.0f} removals that were not distilled.",
+        "Distill after every removal; go back to before the collapse with undo.",
+    )
+
+
+def _essential(before: Row, row: Row, whole: float | None, limits: Thresholds) -> Seen:
+    cost = _cost(before, row, whole, limits)
+    return "essential layer", cost and (
+        f"removing layer {row.get('layer_id', math.nan):.0f} alone cost {cost}.",
+        "Undo it, keep that layer, and take the next least important one; late layers often cannot be spared whatever a "
+        "one-pass metric says (compare it with metric='kl').",
+    )
+
+
+def _cost(before: Row, row: Row, whole: float | None, limits: Thresholds) -> str | None:
+    """What a single removal cost, in words, where it is too much."""
+    a, b = _aggregate(before), _aggregate(row)
+    if a is not None and b is not None and whole:
+        part = (a - b) / whole
+        return f"{part:.0%} of the teacher's aggregate" if part > limits.sharp_drop else None
+    # Right after the removal where that was measured, else after healing.
+    added = row.get("kl_pruned", row.get("kl", 0.0)) - before.get("kl", before.get("kl_pruned", 0.0))
+    return f"{added:.2f} nats of KL a token" if added > limits.sharp_kl else None
+
+
+def _no_recovery(before: Row, row: Row, limits: Thresholds) -> Seen:
+    pruned, after = row.get("kl_pruned"), row.get("kl")
+    added = 0.0 if pruned is None or after is None else pruned - before.get("kl", 0.0)
+    won = (pruned - after) / added if added > 0.02 else math.inf
+    return "no recovery", None if won >= limits.recovery else (
+        f"distillation won back {max(won, 0):.0%} of the KL that the removal added ({pruned:.3f} -> {after:.3f} nats a "
+        "token).",
+        "The student lacks capacity, or the text is too little or too unlike what it is judged on: give more and more "
+        "general text (text='teacher-samples'), train more layers (scope='all'), or stop here.",
+    )
 
 
 def _failures(history: Any) -> list[str]:
@@ -161,24 +142,10 @@ def _failures(history: Any) -> list[str]:
     return failed
 
 
-def _clean(row: Mapping[str, Any]) -> dict[str, Any]:
+def _clean(row: Row) -> Row:
     return {k: v for k, v in row.items() if v is not None and not (isinstance(v, float) and v != v)}
 
 
-def _aggregate(row: Mapping[str, Any]) -> float | None:
+def _aggregate(row: Row) -> float | None:
     """Of the student that the next iteration starts from: distilled, or else as pruned."""
     return row.get("aggregate", row.get("aggregate_pruned"))
-
-
-def _drop(before, row, teacher_aggregate, limits) -> str | None:
-    """What a single removal cost, in words, where it is too much."""
-    a, b = _aggregate(before), _aggregate(row)
-    if a is not None and b is not None and teacher_aggregate:
-        part = (a - b) / teacher_aggregate
-        return f"{part:.0%} of the teacher's aggregate" if part > limits.sharp_drop else None
-    # Right after the removal where that was measured, else after healing.
-    added = row.get("kl_pruned", row.get("kl"))
-    if added is None:
-        return None
-    added -= before.get("kl", before.get("kl_pruned", 0.0))
-    return f"{added:.2f} nats of KL a token" if added > limits.sharp_kl else None

@@ -4,6 +4,7 @@
 config.json            what the run is of: teacher, text, seed, settings
 journal.jsonl          one line a step
 weights/NNN.safetensors    only the tensors that step NNN changed
+metrics/NNN.jsonl      the losses of step NNN, where that is a distillation
 lock                   held by the one process that writes
 ```
 
@@ -15,10 +16,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import shutil
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,45 +37,28 @@ CHANGES_STUDENT = ("remove", "distill")
 
 @dataclass(frozen=True)
 class Step:
-    """One journaled action.
+    """One journaled action, a line of JSON."""
 
-    Attributes
-    ----------
-    step : int
-        Its number; 0 is the teacher as it was loaded.
-    parent : int or None
-        The step it was taken from.
-    action : str
-        `create`, `measure`, `remove`, `distill`, `evaluate`, `export`, `run` or `undo`.
-    layer_ids : list of int
-        The student's layers after it.
-    args, result : dict
-        What was asked for and what came out; JSON-able.
-    weights : str or None
-        Name of the file with the tensors that it changed.
-    seed : int
-    seconds : float
-    time : str
-        When it was written, ISO 8601 UTC.
-    versions : dict
-        Of Python and of the packages that decide the numbers.
-    """
-
-    step: int
-    parent: int | None
-    action: str
-    layer_ids: list[int]
-    args: dict[str, Any] = field(default_factory=dict)
-    result: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    step: int  # its number; 0 is the teacher as it was loaded
+    parent: int | None  # the step it was taken from
+    action: str  # create, measure, remove, distill, failed, evaluate, export, run or undo
+    layer_ids: list[int]  # the student's layers after it
+    args: dict[str, Any] = field(default_factory=dict)  # what was asked for
+    result: dict[str, Any] = field(default_factory=dict)  # what came out
+    weights: str | None = None  # name of the file with the tensors that it changed
     seed: int = 0
     seconds: float = 0.0
-    time: str = ""
-    versions: dict[str, str] = field(default_factory=dict)
+    time: str = ""  # when it was written, ISO 8601 UTC
+    versions: dict[str, str] = field(default_factory=dict)  # of what decides the numbers
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is no distillation that was stopped part-way."""
+        return "stopped_at" not in self.result
 
 
 class Journal:
-    """The run folder of one `PruningSession`. Made by `Journal.create` or `Journal.open`."""
+    """The run folder of one session. Made by `Journal.create` or `Journal.open`."""
 
     def __init__(self, folder: Path, config: dict[str, Any], lock):
         self.folder, self.config, self._lock = folder, config, lock
@@ -81,12 +69,14 @@ class Journal:
 
     @classmethod
     def create(cls, folder: str | Path, config: dict[str, Any]) -> Journal:
-        """Start a run in a folder that is new or empty, and lock it.
+        """Start a run in a folder that is new, or holds nothing but what a process killed while creating one left.
 
         Raises
         ------
         JournalError
-            The folder already holds a run or other files, is locked, or cannot be written.
+            The folder already holds a run or other files, or is locked.
+        FileError
+            It cannot be written.
         """
         folder = Path(folder).expanduser()
         if (folder / "config.json").exists():
@@ -94,14 +84,18 @@ class Journal:
                 f"{folder} already holds a run of teacher {_read_config(folder).get('teacher')!r}. "
                 "Use PruningSession.open(folder) to go on with it, or choose another folder."
             )
-        if folder.exists() and (not folder.is_dir() or any(p.name != "lock" for p in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
             raise JournalError(f"{folder} is not an empty folder: choose a new one for the run.")
         try:
             (folder / "weights").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(folder, error) from error
         journal = cls(folder, config, _acquire(folder))
-        write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        try:
+            write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        except BaseException:
+            journal.close()
+            raise
         return journal
 
     @classmethod
@@ -136,33 +130,22 @@ class Journal:
 
     def _read(self) -> None:
         path = self.folder / "journal.jsonl"
-        if not path.exists():
-            return
-        raw = path.read_bytes()
-        lines = raw.split(b"\n")
-        good = 0
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         for number, line in enumerate(lines):
-            if not line.strip():
-                good += len(line) + 1
-                continue
-            whole = number < len(lines) - 1
             try:
-                if not whole:
+                if not line.endswith(b"\n"):
                     raise ValueError("no line end")
                 record = json.loads(line)
-                step = Step(**{k: v for k, v in record.items() if k in Step.__dataclass_fields__})
+                self.steps.append(Step(**{k: v for k, v in record.items() if k in Step.__dataclass_fields__}))
             except (ValueError, TypeError) as error:
-                if any(rest.strip() for rest in lines[number + 1 :]):
+                if number < len(lines) - 1:
                     raise JournalError(
                         f"{path}, line {number + 1} cannot be read ({error}), and more lines follow: the journal was "
                         "edited or the disk is damaged. Restore it from a backup, or cut it before that line."
                     ) from error
                 # Only the last line can be torn, by a process killed in the middle of writing it.
                 write_atomic(self.folder / "journal.torn", line)
-                write_atomic(path, raw[:good])
-                return
-            self.steps.append(step)
-            good += len(line) + 1
+                write_atomic(path, b"".join(lines[:-1]))
 
     # ------------------------------------------------------------- the steps
 
@@ -184,86 +167,99 @@ class Journal:
         return chain[::-1]
 
     def append(
-        self,
-        action: str,
-        *,
-        layer_ids: Iterable[int],
-        args: dict[str, Any] | None = None,
-        result: dict[str, Any] | None = None,
-        tensors: dict[str, Tensor] | None = None,
-        seed: int = 0,
-        seconds: float = 0.0,
+        self, action: str, *, layer_ids: Iterable[int], tensors: dict[str, Tensor] | None = None, **fields: Any
     ) -> Step:
         """Write one step: its weights first, then its line, each whole or not at all.
+
+        `fields` are `args`, `result`, `seed` and `seconds` of `Step`.
 
         Raises
         ------
         JournalError
+            The journal is closed.
+        FileError
             The disk is full or the folder cannot be written; the journal is as it was before.
         """
         if self._lock is None:
             raise JournalError(f"The session on {self.folder} is closed: open it again with PruningSession.open.")
-        number = len(self.steps)
-        weights = None
-        if tensors is not None:
-            from safetensors import SafetensorError
-            from safetensors.torch import save_file
-
-            weights = f"{number:03d}.safetensors"
-            packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            try:
-                with atomic_file(self.folder / "weights" / weights) as temporary:
-                    save_file(packed, temporary)
-            except SafetensorError as error:  # safetensors wraps the system's error
-                raise FileError(
-                    f"The weights of step {number} could not be written to {self.folder} ({error}). Is the disk full? "
-                    "The journal is as it was; free some space and run the step again."
-                ) from error
-        step = Step(
-            step=number,
-            parent=self.head.step if self.steps else None,
-            action=action,
-            layer_ids=list(layer_ids),
-            args=args or {},
-            result=result or {},
-            weights=weights,
-            seed=seed,
-            seconds=round(seconds, 3),
-            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            versions=versions(),
-        )
-        line = (json.dumps(asdict(step), allow_nan=False) + "\n").encode()
+        number, parent = len(self.steps), self.head.step if self.steps else None
+        weights = self._save(number, tensors) if tensors else None
+        fields |= {"seconds": round(fields.get("seconds", 0.0), 3), "weights": weights, "versions": versions()}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        step = asdict(Step(number, parent, action, list(layer_ids), time=now, **fields))
+        try:
+            line = json.dumps(step, allow_nan=False, default=lambda number: number.item()).encode()  # numpy's, torch's
+        except ValueError as error:
+            raise JournalError(
+                f"A value of this {action} is NaN or infinite: kept, it would hide a failure."
+            ) from error
         path = self.folder / "journal.jsonl"
         size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "ab") as file:
-                file.write(line)
+                file.write(line + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            with open(path, "r+b") as file:  # take back the part that was written
-                file.truncate(size)
+            os.truncate(path, size)  # take back the part that was written
             raise disk_error(path, error) from error
-        self.steps.append(step)
-        return step
+        self.steps.append(Step(**json.loads(line)))  # as it would be read again
+        return self.steps[-1]
+
+    def branch(self, folder: str | Path, step: int) -> Journal:
+        """Start a journal in another folder with the way to a step, its weights and losses."""
+        chain = self.path_to(step)
+        other = Journal.create(folder, {**self.config, "branched_from": [str(self.folder), step]})
+        for old in chain:
+            copied = {name: getattr(old, name) for name in ("layer_ids", "args", "result", "seed", "seconds")}
+            new = other.append(old.action, tensors=self._tensors(old), **copied)
+            if self.losses_of(old.step).is_file():
+                other.losses_of(new.step).parent.mkdir(exist_ok=True)
+                shutil.copyfile(self.losses_of(old.step), other.losses_of(new.step))
+        return other
+
+    # --------------------------------------------------------------- its files
+
+    def losses_of(self, step: int) -> Path:
+        """File with the losses of a distillation, a record a line."""
+        return self.folder / "metrics" / f"{step:03d}.jsonl"
 
     def tensors_at(self, step: int) -> dict[str, Tensor]:
         """The changed tensors of the student at `step`: for each the newest on the way there."""
+        tensors: dict[str, Tensor] = {}
+        for record in self.path_to(step):
+            tensors.update(self._tensors(record))
+        return tensors
+
+    def _tensors(self, record: Step) -> dict[str, Tensor]:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors: dict[str, Tensor] = {}
-        for record in self.path_to(step):
-            if record.weights is None:
-                continue
-            path = self.folder / "weights" / record.weights
-            try:
-                tensors.update(load_file(path))
-            except (OSError, SafetensorError) as error:
-                raise JournalError(
-                    f"Step {record.step} needs {path}, which cannot be read: {error}. Go back to a step before it."
-                ) from error
-        return tensors
+        if record.weights is None:
+            return {}
+        path = self.folder / "weights" / record.weights
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise JournalError(
+                f"Step {record.step} needs {path}, which cannot be read: {error}. Go back to a step before it."
+            ) from error
+
+    def _save(self, number: int, tensors: dict[str, Tensor]) -> str:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        name = f"{number:03d}.safetensors"
+        packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        try:
+            with atomic_file(self.folder / "weights" / name) as temporary:
+                save_file(packed, temporary)
+        except SafetensorError as error:  # safetensors wraps the system's error
+            raise FileError(
+                f"The weights of step {number} could not be written to {self.folder} ({error}). Is the disk full? "
+                "The journal is as it was; free some space and run the step again."
+            ) from error
+        return name
 
 
 _OPEN: weakref.WeakValueDictionary[Path, Journal] = weakref.WeakValueDictionary()
@@ -271,16 +267,19 @@ _OPEN: weakref.WeakValueDictionary[Path, Journal] = weakref.WeakValueDictionary(
 
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
     found = {"python": platform.python_version()}
     for name in ("ildlab", "torch", "transformers"):
-        try:
+        with suppress(PackageNotFoundError):  # run from a checkout that is not installed
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
     return found
+
+
+def _left_over(path: Path) -> bool:
+    """Whether a file is what `create` makes before a run folder is one: nothing of anybody's is lost with it."""
+    half_written = path.name.startswith(".config.") and path.name.endswith(".tmp.json")
+    return (
+        path.name == "lock" or half_written or (path.name == "weights" and path.is_dir() and not any(path.iterdir()))
+    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,32 +23,21 @@ from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.results import SuiteResult
 from ildlab.files import data_dir
 from ildlab.model.load import LoadedModel
-from ildlab.progress import Progress
+from ildlab.progress import Progress, Work
 from ildlab.session.config import SessionConfig
+from ildlab.session.run import Run
 from ildlab.session.session import PruningSession
 from ildlab.session.tables import canary_scores
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to prune.
-
-    Attributes
-    ----------
-    label : str
-        For a figure.
-    ablation : bool
-        Choose layers by ablation; else by Block Influence.
-    iterative : bool
-        Measure again before every removal; else once, on the teacher.
-    distill : bool
-        Distill after every removal.
-    """
+    """One way to prune; `label` is for a figure."""
 
     label: str
-    ablation: bool
-    iterative: bool
-    distill: bool
+    ablation: bool  # choose layers by ablation; else by Block Influence
+    iterative: bool  # measure again before every removal; else once, on the teacher
+    distill: bool  # after every removal
 
 
 METHODS = {
@@ -71,7 +60,7 @@ def compare_steps(
     ablation: str = "kl",
     ablation_options: dict[str, Any] | None = None,
     **settings: Any,
-) -> Generator[Progress, None, pd.DataFrame]:
+) -> Work[pd.DataFrame]:
     """Run the methods one after another, each from where its journal stands.
 
     Parameters
@@ -79,37 +68,27 @@ def compare_steps(
     folder : path
         Of the comparison; a run folder for each method lies in it.
     teacher : LoadedModel
-        Shared by all runs.
-    remove : int
-        Layers to remove.
+    remove, evaluate_every : int
+        Layers to remove, and removals between two points of a curve (the last is always one).
     suite : str
         Whose aggregate is the curve.
     methods : sequence of str
         Keys of `METHODS`.
-    evaluate_every : int
-        Removals between two points of a curve (the last is always one).
-    ablation : str
-        Metric of the ablation methods: `"kl"`, `"nll"`, or `"task"` (the paper's: the suite itself).
-    ablation_options : dict, optional
-        For `measure`, such as `{"race": True, "positions": 32}`; with `"task"` also a `"suite"` other than that
-        of the curve, such as a part of it.
+    ablation, ablation_options : str, dict
+        Metric of the ablation methods, `"kl"`, `"nll"`, or `"task"` (the paper's: the suite itself), and arguments of
+        `measure`, such as `{"race": True}`; with `"task"` also another `"suite"` than the curve's, such as a part of it.
     **settings
         Fields of `SessionConfig`: text, tokens, distill, seed, ...
-
-    Yields
-    ------
-    Progress
-        `partial` is the table so far.
 
     Returns
     -------
     DataFrame
-        See `curves`.
+        The methods' curves, as of `curve`; so far as it goes, it is the `partial` of each `Progress`.
 
     Raises
     ------
     SessionError
-        An unknown method, or more layers to remove than there are.
+        An unknown method, more layers to remove than there are, or a run that was begun with other settings.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
@@ -120,24 +99,14 @@ def compare_steps(
             f"remove={remove} of {depth} layers, evaluate_every={evaluate_every}: give 1 to {depth - 1}."
         )
     folder, parts = Path(folder), []
+    skip = _rows_that_chose(ablation, ablation_options or {}, suite)
     for number, name in enumerate(methods):
         method = METHODS[name]
         metric, options = (ablation, ablation_options or {}) if method.ablation else ("block_influence", {})
         if metric == "task":
             options = {"suite": suite, **options}
-        skip = _rows_that_chose(ablation, ablation_options or {}, suite)
-        own = folder / name
         wanted = {"metric": metric, "measure": options, "suite": suite, **settings}
-        if (own / "config.json").exists():
-            session = PruningSession.open(own, teacher)
-            try:
-                _check_same(session, wanted)
-            except SessionError:
-                session.close()
-                raise
-        else:
-            session = PruningSession.create(own, teacher, **wanted)
-        with session:
+        with _session(folder / name, teacher, wanted) as session:
             for note in _advance(session, method, remove, evaluate_every, folder / "suites"):
                 table = pd.concat([*parts, curve(session, name, skip)]) if len(session.path) > 1 else None
                 done = number * remove + len(session.removed)
@@ -146,67 +115,71 @@ def compare_steps(
     return pd.concat(parts, ignore_index=True)
 
 
-def _check_same(session: PruningSession, wanted: dict[str, Any]) -> None:
-    """Raise SessionError where a run that is to go on was begun with other settings."""
-    stored = asdict(session.config)
-    fresh = {**stored, **asdict(SessionConfig(session.config.teacher, **wanted))}
+def _session(folder: Path, teacher: LoadedModel, wanted: dict[str, Any]) -> PruningSession:
+    """A new run, or the one in the folder.
+
+    Raises
+    ------
+    SessionError
+        That one was begun with other settings.
+    """
+    if not (folder / "config.json").exists():
+        return PruningSession.create(folder, teacher, **wanted)
+    session = PruningSession.open(folder, teacher)
     # What the caller leaves to the defaults may have been another default when the run was begun.
-    fresh = {name: value if name in wanted else stored[name] for name, value in fresh.items()}
-    other = [name for name in fresh if _settled(name, fresh[name]) != _settled(name, stored[name])]
+    stored, fresh = (
+        {name: _settled(name, getattr(config, name)) for name in wanted}
+        for config in (session.config, SessionConfig(session.config.teacher, **wanted))
+    )
+    other = [f"{name} was {stored[name]}, now {fresh[name]}" for name in wanted if stored[name] != fresh[name]]
     if other:
-        told = "; ".join(f"{name} was {stored[name]!r}, now {fresh[name]!r}" for name in other)
+        session.close()
         raise SessionError(
-            f"The run in {session.folder} was begun with other settings ({told}): go on with those, or compare in "
+            f"The run in {folder} was begun with other settings ({'; '.join(other)}): go on with those, or compare in "
             "another folder."
         )
+    return session
 
 
 def _settled(name: str, value: Any) -> str:
     """A setting as text: equal where two mean the same."""
     if name == "distill":
-        value = value if isinstance(value, DistillConfig) else DistillConfig.from_dict(value)
-        value = {**value.to_dict(), "seed": value.seed or 0}
+        config = DistillConfig.from_dict(value)
+        value = config.to_dict() | {"seed": config.seed or 0}
     return json.dumps(value, sort_keys=True)
 
 
-def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path):
+def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path) -> Iterator[str]:
     """Do what a run lacks, step by step, judging by its journal alone; yields what comes next."""
     while True:
         gone = len(session.removed)
         # A distillation that was stopped part-way is no whole one: it is done again.
-        since = [step.action for step in session.path if "stopped_at" not in step.result]
-        since = since[len(since) - since[::-1].index("remove") :] if gone else since
+        done = [step.action for step in session.path if step.whole]
+        since = done[len(done) - done[::-1].index("remove") :] if gone else done
         if gone and method.distill and "distill" not in since:
-            yield f"distilling after removal {gone} of {remove}"
-            yield from (f"distilling, {p.note}" for p in _every(session.distill_steps()))
+            yield from _now_and_then(f"distilling after removal {gone} of {remove}", session.distill_steps())
         elif (gone % every == 0 or gone == remove) and "evaluate" not in since:
-            yield f"evaluating at {gone} removed"
             work = session.evaluate_steps(speed=False, cache=cache)
-            yield from (f"evaluating, {p.note}" for p in _every(work))
+            yield from _now_and_then(f"evaluating at {gone} removed", work)
         elif gone >= remove:
             return
-        elif not method.iterative:
-            measured = [step.step for step in session.path if step.action == "measure"]
-            if not measured:
-                yield "measuring once"
-                yield from (f"measuring, {p.note}" for p in _every(session.measure_steps()))
-            else:
-                ranking = session.scores_at(measured[0]).ranking
-                session.remove(next(i for i in ranking if i not in session.removed))
-        elif "measure" not in since:
-            yield f"measuring for removal {gone + 1}"
-            yield from (f"measuring, {p.note}" for p in _every(session.measure_steps()))
-        else:
+        elif "measure" not in (since if method.iterative else done):
+            yield from _now_and_then(f"measuring for removal {gone + 1}", session.measure_steps())
+        elif method.iterative:
             session.remove()
+        else:  # by the scores of the whole teacher
+            first = next(step.step for step in session.path if step.action == "measure")
+            session.remove(next(i for i in session.scores_at(first).ranking if i not in session.removed))
 
 
-def _every(work, seconds: float = 15.0):
-    """Pass on progress now and then: a batch notebook prints a line for each."""
+def _now_and_then(label: str, work: Work, seconds: float = 15.0) -> Iterator[str]:
+    """A label, and after it notes of the work's progress, few: a batch notebook prints a line for each."""
+    yield label
     last = time.perf_counter()
     for progress in work:
         if time.perf_counter() - last > seconds:
             last = time.perf_counter()
-            yield progress
+            yield f"{label}, {progress.note}"
 
 
 def _rows_that_chose(ablation: str, options: dict[str, Any], suite: str) -> int:
@@ -216,55 +189,39 @@ def _rows_that_chose(ablation: str, options: dict[str, Any], suite: str) -> int:
     return int(rows) if ablation == "task" and mark and base == suite.partition("@")[0] else 0
 
 
-def curve(session: PruningSession, name: str, skip: int = 0) -> pd.DataFrame:
-    """One row for each evaluation of a run.
+def curve(run: Run, name: str, skip: int = 0) -> pd.DataFrame:
+    """One row for each evaluation of a run by a suite.
 
-    Parameters
-    ----------
-    session : PruningSession
-    name : str
-        Of the method.
-    skip : int
-        Rows at the beginning of each task that layers were chosen by.
+    `skip` are rows at the beginning of each task that layers were chosen by.
 
     Returns
     -------
     DataFrame
-        `method`, `layers_removed`, `share_removed`, `layer_id` (the last removed), `aggregate` with
+        `method` (the name), `layers_removed`, `share_removed`, `layer_id` (the last removed), `aggregate` with
         `low` and `high`, `aggregate_rest` (of the rows after the first `skip`, by which nothing was chosen; NaN
         where there are none), `corrected`, `quality_loss` with `loss_low` and `loss_high`, `perplexity`,
         `kl`, `parameters`, and a column for each task and each canary (`canary_<name>`).
     """
     rows, removed = [], []
-    for step in session.path:
+    for step in run.path:
         if step.action == "remove":
             removed.append(step.args["layer_id"])
         elif step.action == "evaluate":
             found = Evaluation.from_dict(step.result["evaluation"])
             if found.suite is None:
                 continue
+            row = {
+                "method": name,
+                "layers_removed": len(removed),
+                "share_removed": len(removed) / found.teacher_layers,
+                "layer_id": removed[-1] if removed else None,
+            }
             interval, loss = found.suite.interval(), found.quality_loss_estimate()
-            rows.append(
-                {
-                    "method": name,
-                    "layers_removed": len(removed),
-                    "share_removed": len(removed) / found.teacher_layers,
-                    "layer_id": removed[-1] if removed else None,
-                    "aggregate": interval.value,
-                    "low": interval.low,
-                    "high": interval.high,
-                    "aggregate_rest": _rest(found.suite, skip),
-                    "corrected": found.suite.aggregate_corrected,
-                    "quality_loss": loss.value,
-                    "loss_low": loss.low,
-                    "loss_high": loss.high,
-                    "perplexity": found.perplexity,
-                    "kl": found.kl,
-                    "parameters": found.parameters,
-                    **{task.name: task.score for task in found.suite.tasks.values()},
-                    **canary_scores(found),
-                }
-            )
+            row |= {"aggregate": interval.value, "low": interval.low, "high": interval.high}
+            row |= {"aggregate_rest": _rest(found.suite, skip), "corrected": found.suite.aggregate_corrected}
+            row |= {"quality_loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
+            row |= {column: getattr(found, column) for column in ("perplexity", "kl", "parameters")}
+            rows.append(row | {task.name: task.score for task in found.suite.tasks.values()} | canary_scores(found))
     return pd.DataFrame(rows)
 
 

@@ -1,19 +1,23 @@
-"""A session's journal as tables: one row an iteration, and the losses of every distillation."""
+"""A run's journal as tables: one row an iteration, task by task, and the losses of every distillation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.results import compare
+from ildlab.session.journal import Step
+from ildlab.session.run import Run
 
-if TYPE_CHECKING:
-    from ildlab.session.session import PruningSession
+COLUMNS = (
+    "n_removed layer_id score layers parameters perplexity_pruned kl_pruned aggregate_pruned perplexity kl "
+    "perplexity_undistilled kl_undistilled agreement aggregate loss seconds"
+)
 
 
-def history_table(session: PruningSession, step: int | None = None) -> pd.DataFrame:
+def history_table(run: Run, step: int | None = None) -> pd.DataFrame:
     """One row an iteration, the teacher first: what was removed and what quality was, before and after.
 
     `step` is where the way ends; by default today's student.
@@ -24,49 +28,54 @@ def history_table(session: PruningSession, step: int | None = None) -> pd.DataFr
     distilled), `agreement`, `aggregate`, `loss` (the quality loss that `max_loss` limits), `seconds`, and
     `canary_copying`, `canary_arithmetic`, `canary_brackets` (of the iteration's last evaluation).
     """
-    columns = (
-        "n_removed layer_id score layers parameters perplexity_pruned kl_pruned aggregate_pruned "
-        "perplexity kl "
-        "perplexity_undistilled kl_undistilled agreement aggregate loss seconds"
-    ).split()
-    rows: list[dict] = [{"n_removed": 0, "layers": len(session.teacher), "seconds": 0.0}]
-    pending = 0.0
-    distilled = True
-    at = session.journal.head.step if step is None else step
-    for step in session.journal.path_to(at):
-        row = rows[-1]
-        if step.action == "measure":
-            pending += step.seconds
+    rows: list[dict] = [{"n_removed": 0, "layers": len(run.teacher), "seconds": 0.0}]
+    measuring = 0.0  # counts for the removal that follows it
+    for record, stage in staged(run.path if step is None else run.journal.path_to(step)):
+        if record.action == "measure":
+            measuring += record.seconds
             continue
-        if step.action == "remove":
-            distilled = False
-            row = {
-                "n_removed": row["n_removed"] + 1,
-                "layer_id": step.args["layer_id"],
-                "score": step.args.get("score"),
-                "layers": len(step.layer_ids),
-                "seconds": pending,
-            }
-            pending = 0.0
-            rows.append(row)
-        row["seconds"] += step.seconds
-        distilled = distilled or step.action == "distill"
-        if step.action == "evaluate":
-            found = step.result["evaluation"]
-            row["parameters"] = found["parameters"]
-            row["loss"] = step.result["loss"]
-            row.update(canary_scores(Evaluation.from_dict(found)))
-            if distilled:
-                row.update(perplexity=found["perplexity"], kl=found["kl"], agreement=found["agreement"])
-                row["aggregate"] = step.result.get("aggregate")
-            else:
-                row.update(perplexity_pruned=found["perplexity"], kl_pruned=found["kl"])
-                row["aggregate_pruned"] = step.result.get("aggregate")
-            bare = step.result.get("undistilled")
-            if bare:
-                row.update(perplexity_undistilled=bare["perplexity"], kl_undistilled=bare["kl"])
+        if record.action == "remove":
+            row = {"n_removed": rows[-1]["n_removed"] + 1, "layers": len(record.layer_ids), "seconds": measuring}
+            rows.append(row | {"layer_id": record.args["layer_id"], "score": record.args.get("score")})
+            measuring = 0.0
+        rows[-1]["seconds"] += record.seconds
+        if record.action == "evaluate":
+            found, after = record.result["evaluation"], "_pruned" if stage == "pruned" else ""
+            told = {f"{name}{after}": found[name] for name in ("perplexity", "kl")}
+            told |= {f"aggregate{after}": record.result.get("aggregate"), "loss": record.result["loss"]}
+            told |= {} if after else {"agreement": found["agreement"]}
+            bare = record.result.get("undistilled") or {}
+            told |= {f"{name}_undistilled": bare[name] for name in ("perplexity", "kl") if bare}
+            rows[-1] |= told | {"parameters": found["parameters"]} | canary_scores(Evaluation.from_dict(found))
     canaries = dict.fromkeys(name for row in rows for name in row if name.startswith("canary_"))
-    return pd.DataFrame(rows, columns=[*columns, *canaries])
+    return pd.DataFrame(rows, columns=[*COLUMNS.split(), *canaries])
+
+
+def task_table(run: Run) -> pd.DataFrame:
+    """Scores task by task: teacher | pruned (right after the last removal) | today's student, with the changes.
+
+    Of the run's suite where it has been scored, and of the canaries. A model that was not scored has no column.
+    """
+    models: dict[str, Evaluation] = {}
+    for step, stage in staged(run.path):
+        if step.action == "remove":
+            models = {name: found for name, found in models.items() if name == "teacher"}
+        elif step.action == "evaluate":
+            models[stage] = Evaluation.from_dict(step.result["evaluation"])
+    parts = {}
+    for kind in ("suite", "canaries"):
+        scored = {name: getattr(found, kind) for name, found in models.items() if getattr(found, kind) is not None}
+        if len(scored) > 1:
+            parts[kind] = compare(**scored)
+    return pd.concat(parts, names=["of", "task"]) if parts else pd.DataFrame()
+
+
+def staged(path: Iterable[Step]) -> Iterator[tuple[Step, str]]:
+    """Steps, each with what the student is after it: `"teacher"`, `"pruned"` (not distilled since), or `"student"`."""
+    stage = "teacher"
+    for step in path:
+        stage = {"remove": "pruned", "distill": "student"}.get(step.action, stage)
+        yield step, stage
 
 
 def canary_scores(found: Evaluation) -> dict[str, float]:
@@ -75,49 +84,19 @@ def canary_scores(found: Evaluation) -> dict[str, float]:
     return {f"canary_{name}": task.score for name, task in tasks.items()}
 
 
-def task_table(session: PruningSession) -> pd.DataFrame:
-    """Scores task by task: teacher | pruned (right after the last removal) | today's student, with the changes.
-
-    Of the run's suite where it has been scored, and of the canaries. A model that was not scored has no column.
-    """
-    models: dict[str, Evaluation] = {}
-    distilled = False
-    for step in session.path:
-        if step.action == "remove":
-            models.pop("student", None)
-            models.pop("pruned", None)
-            distilled = False
-        distilled = distilled or step.action == "distill"
-        if step.action == "evaluate":
-            found = Evaluation.from_dict(step.result["evaluation"])
-            whole = len(step.layer_ids) == len(session.teacher)
-            models["teacher" if whole else "student" if distilled else "pruned"] = found
-    parts, kinds = [], []
-    for kind in ("suite", "canaries"):
-        scored = {name: getattr(found, kind) for name, found in models.items() if getattr(found, kind) is not None}
-        if len(scored) > 1:
-            parts.append(compare(**scored))
-            kinds.append(kind)
-    if not parts:
-        return pd.DataFrame()
-    return pd.concat(parts, keys=kinds, names=["of", "task"])
-
-
-def losses_table(session: PruningSession) -> pd.DataFrame:
+def losses_table(run: Run) -> pd.DataFrame:
     """Losses of every distillation on the way to today's student, end to end.
 
     The columns are those of the metrics files (`metrics/NNN.jsonl`), with `iteration` (layers removed
     by then) and a running `step`.
     """
-    parts = []
-    removed = 0
-    for step in session.path:
+    parts, removed = [], 0
+    for step in run.path:
         removed += step.action == "remove"
-        file = session.folder / "metrics" / f"{step.step:03d}.jsonl"
+        file = run.journal.losses_of(step.step)
         if step.action == "distill" and file.is_file():
             parts.append(pd.read_json(file, lines=True).assign(iteration=removed))
     if not parts:
         return pd.DataFrame({"iteration": [], "step": [], "kl": []})
     table = pd.concat(parts, ignore_index=True)
-    table["step"] = range(1, len(table) + 1)
-    return table
+    return table.assign(step=range(1, len(table) + 1))

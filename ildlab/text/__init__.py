@@ -1,12 +1,19 @@
-"""Documents become blocks of tokens.
+"""Documents become blocks of tokens, and blocks become rows.
 
-`sources` finds documents (files, Hub data sets, Python's docs, the teacher's samples) and splits them; `blocks`
-tokenises them and packs them into rows of equal length.
+`sources` finds documents (files, Hub data sets, Python's docs by way of `python_docs`, the teacher's samples) and
+keeps the splits apart; `blocks` tokenises them, packs them end to end and cuts the stream into blocks of one length,
+each opened as the tokenizer opens a text; `rows` is how all that measures, trains or evaluates reads them (and a bare
+tensor, or a mapping with a mask). `teacher_text` stands before all that: a teacher writes the documents itself.
 """
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"blocks": ["TextBlocks", "load_text"], "sources": ["find_documents"], "sampling": ["sample_steps"]},
+    submod_attrs={
+        "sources": ["find_documents"],
+        "blocks": ["TextBlocks", "load_text"],
+        "rows": ["Rows"],
+        "teacher_text": ["sample_steps"],
+    },
 )

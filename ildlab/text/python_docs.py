@@ -6,7 +6,6 @@ No package is imported: files are parsed, so nothing of theirs runs.
 from __future__ import annotations
 
 import ast
-import gc
 import hashlib
 import inspect
 import os
@@ -61,17 +60,10 @@ def read_python_docs() -> Work[list[str]]:
         roots += [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     files = sorted(file for root in roots for file in _python_files(root))
     found = list(topics.values())
-    # A tree of syntax is millions of objects without cycles: collecting meanwhile would double the time.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        for done, file in enumerate(files):
-            if done % 100 == 0:
-                yield Progress(done, len(files), f"{len(found)} documents")
-            found += _docstrings(file)
-    finally:
-        if collects:
-            gc.enable()
+    for done, file in enumerate(files):
+        if done % 100 == 0:
+            yield Progress(done, len(files), f"{len(found)} documents")
+        found += _docstrings(file)
     return found
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import html
+from functools import cache
 from typing import Any
 
 import ipywidgets as w
+from IPython.display import HTML, display
+from matplotlib.axes import Axes
 
 from ildlab import plots
 from ildlab.importance.config import ONE_PASS
 from ildlab.importance.dispatch import measure
 from ildlab.importance.hidden_states import logit_lens, redundancy
+from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
 from ildlab.widgets.strip import Strip
+from ildlab.widgets.words import error_words, note, score_words
 
 VIEWS = ("importance", "redundancy", "logit lens")
 
@@ -27,21 +31,15 @@ class Explorer:
         What to measure on.
     sentence : str
         What the logit lens reads.
-
-    Attributes
-    ----------
-    view : ipywidgets.VBox
-    metric, kind, sentence : widgets that choose what is drawn
     """
 
     def __init__(self, model: Any, text: Any, *, sentence: str = "The capital of France is Paris."):
-        self.stack = LayerStack(model.model)
-        self.tokenizer = model.tokenizer
-        self.blocks = text
-        self._made: dict[Any, Any] = {}
-        self.status = w.HTML()
-        self.about = w.HTML()
-        self.figure = w.HTML()
+        self.stack = stack = LayerStack(model.model)
+        # Each is measured once, however often it is looked at.
+        self._scores = cache(lambda metric: measure(stack, text, metric, show=False))
+        self._redundancy = cache(lambda: redundancy(stack, text, "cosine", show=False))
+        self._lens = cache(lambda sentence: logit_lens(stack, sentence, model.tokenizer))
+        self.status, self.about, self.figure = w.HTML(), w.HTML(), w.HTML()
         self.metric = w.Dropdown(options=[m for m in ONE_PASS if m not in ("lrp", "taylor")], description="metric")
         self.kind = w.Dropdown(options=VIEWS, description="figure")
         self.sentence = w.Text(value=sentence, description="sentence", layout=w.Layout(width="98%"))
@@ -53,11 +51,9 @@ class Explorer:
         self.refresh()
 
     @property
-    def scores(self):
-        """Scores of the metric chosen; measured once."""
-        return self._once(
-            ("scores", self.metric.value), lambda: measure(self.stack, self.blocks, self.metric.value, show=False)
-        )
+    def scores(self) -> LayerScores:
+        """Scores of the metric chosen."""
+        return self._scores(self.metric.value)
 
     def refresh(self) -> None:
         """Draw what the controls ask for."""
@@ -68,36 +64,22 @@ class Explorer:
             self.status.value = ""
             self._describe()
         except Exception as error:  # a widget's callback has no other place to say it
-            self.status.value = f'<div role="status">{html.escape(str(error))}</div>'
+            self.status.value = note(error_words(error), role="status")
 
-    def _drawn(self):
-        kind = self.kind.value
-        if kind == "importance":
+    def _drawn(self) -> tuple[Axes, str]:
+        if self.kind.value == "importance":
             return plots.importance(self.scores), f"{self.scores.metric} of each layer."
-        if kind == "redundancy":
-            matrix = self._once(kind, lambda: redundancy(self.stack, self.blocks, "cosine", show=False))
-            return plots.redundancy_heatmap(matrix, "cosine"), "Cosine between hidden states of every two layers."
-        text = self.sentence.value
-        table = self._once((kind, text), lambda: logit_lens(self.stack, text, self.tokenizer))
-        return plots.logit_lens_map(table), "What each layer's hidden state would predict."
-
-    def _once(self, key: Any, make):
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+        if self.kind.value == "redundancy":
+            alt = "Cosine between hidden states of every two layers."
+            return plots.redundancy_heatmap(self._redundancy(), "cosine"), alt
+        return plots.logit_lens_map(self._lens(self.sentence.value)), "What each layer's hidden state would predict."
 
     def _describe(self) -> None:
-        row = self.scores.table.loc[self.strip.selected]
-        rank = self.scores.ranking.index(self.strip.selected) + 1
-        words = (
-            f"Layer {self.strip.selected}: {self.scores.metric} {row.score:.4g} [{row.ci_low:.4g}, {row.ci_high:.4g}], "
-            f"number {rank} of {len(self.scores.table)} from the least important."
-        )
-        self.about.value = f'<div class="ildlab-note">{html.escape(words)}</div>'
+        layer_id, scores = self.strip.selected, self.scores
+        rank = f"number {scores.ranking.index(layer_id) + 1} of {len(scores.table)} from the least important"
+        self.about.value = note(f"Layer {layer_id}: {score_words(scores, layer_id)}, {rank}.")
 
     def _ipython_display_(self) -> None:
-        from IPython.display import HTML, display
-
         display(self.view)
         display(HTML(f"<details><summary>as it stands</summary>{self._repr_html_()}</details>"))
 

@@ -1,9 +1,5 @@
 """Step through pruning in JupyterLab: widgets, nothing but view; every action is a `PruningSession` call.
 
-```python
-Stepper(PruningSession.open("runs/first"))
-```
-
 Long work runs on one worker thread, that writes leaf traits only, a few times a second. Without a
 browser (papermill, tests) `Stepper(session, inline=True)` runs every action in the caller.
 """
@@ -13,396 +9,280 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from IPython.display import HTML, display
+from ipywidgets import Button
+
+from ildlab import plots
+from ildlab.errors import SessionError
 from ildlab.importance.config import options_of
-from ildlab.progress import Progress
+from ildlab.progress import Progress, Work
 from ildlab.session.session import PruningSession
 from ildlab.session.whatif import what_if_steps
 from ildlab.widgets import figures
-from ildlab.widgets.controls import DEFAULTS, LOSSES, Controls
+from ildlab.widgets.controls import Controls
 from ildlab.widgets.strip import Strip
+from ildlab.widgets.words import error_words, evaluation_html, layer_words, note, step_labels, warnings_html
 from ildlab.widgets.worker import Outcome, Worker
 
 SHOW_EVERY = 0.3  # seconds between two updates of the widgets while a job runs
 DRAWING_SHARE = 1 / 30  # of a job's time may go into its live figure, however slow the machine draws
 BUSY = "Busy: one thing at a time. Stop the work in hand first, or wait for it."
+PROMPT = "The most important invention in history is"
+ACTIONS = "measure suggest toggle reset what_if remove distill evaluate undo go_back branch export draw save".split()
 
 
 class Stepper(Controls):
-    """The live view of one session.
+    """The live view of one session; `inline` runs its actions in the caller instead of on the worker thread.
 
-    Parameters
-    ----------
-    session : PruningSession
-    inline : bool
-        Run actions in the caller instead of on the worker thread.
-    prompt : str
-        First prompt of the what-if panel.
-
-    Attributes
-    ----------
-    view : ipywidgets.VBox
-        All of it.
-    measure, remove, distill, evaluate, stop, pause, undo, try_it, reset, go_back, branch, export : Button
+    The button `remove` does what the method `_remove` says, and so on: at once, where that returns what to say; where it
+    is a generator of `Progress`, as the job in hand. `view` holds all widgets; `failed` is what the last action failed
+    with; `prompt` is the first text of the what-if and of the figures that read one.
     """
 
-    def __init__(
-        self,
-        session: PruningSession,
-        *,
-        inline: bool = False,
-        prompt: str = "The most important invention in history is",
-    ):
-        self.session = session
-        self.worker = Worker(inline)
+    def __init__(self, session: PruningSession, *, inline: bool = False, prompt: str = PROMPT):
+        self.session, self.worker = session, Worker(inline)
+        self.failed: BaseException | None = None
         self._off: set[int] = set()
         self._static: Any = None
+        self._drawn = figures.Drawn("")
         self._kept: tuple = (None, None, None)
         self._live: list[dict] = []
-        self._next_figure = 0.0
-        self._shown = 0.0
-        self._started = 0.0
-        self.failed: BaseException | None = None
-        """What the last job failed with; its text stands in the status line."""
+        self._next_figure = self._shown = self._started = 0.0
         self.strip = Strip(session.teacher.layer_ids, lambda _: self._describe(), lambda: self.toggle.click())
         super().__init__(session.config, self.strip, prompt)
-        self._wire()
-        self.refresh()
-
-    def _wire(self) -> None:
-        """Give every control its action; direct ones hold the worker, so that no job starts beside them."""
-        for button, action in (
-            (self.measure, self._measure),
-            (self.toggle, self._toggle),
-            (self.reset, self._reset),
-            (self.try_it, self._what_if),
-            (self.suggest, self._suggest),
-            (self.distill, self._distill),
-            (self.heal, self._heal),
-            (self.evaluate, self._evaluate),
-            (self.export, self._export),
-            (self.draw, self._draw_heavy),
-        ):
-            button.on_click(lambda _, action=action: self._do(action))
-        for button, action in (
-            (self.remove, self._remove),
-            (self.undo, self._undo),
-            (self.go_back, self._go_back),
-            (self.branch, self._branch),
-            (self.save, self._save),
-        ):
-            button.on_click(lambda _, action=action: self._do(action, hold=True))
+        for name in ACTIONS:
+            getattr(self, name).on_click(partial(self._do, getattr(self, f"_{name}")))
         self.stop.on_click(lambda _: self.worker.stop())
         self.pause.on_click(lambda _: self._pause())
-        for control in (self.metric, self.race):
-            control.observe(lambda _: self._forecast(), names="value")
-        self.figure_kind.observe(lambda _: self._draw(), names="value")
+        self.metric.observe(lambda _: self._forecast(), names="value")
+        self.figure_kind.observe(lambda _: self._show_figure(), names="value")
+        self.refresh()
 
-    def _do(self, action: Callable[[], None], hold: bool = False) -> None:
-        """Do what a button asks for; what goes wrong stands in the status line, in words."""
+    def _do(self, action: Callable[[], str | Work[str | None]], button: Button) -> None:
+        """Do what a button asks for; while it does, no job can begin beside it."""
         try:
-            if not hold:
-                if self.worker.busy:
-                    self._say(BUSY)
-                else:
-                    action()
-                return
             with self.worker.hold() as held:
-                if held:
-                    action()
-                else:
-                    self._say(BUSY)
+                asked = action() if held else None
+                if isinstance(asked, str):
+                    self.refresh(asked)
+            if asked is None:
+                self._say(BUSY)
+            elif not isinstance(asked, str):
+                self._start(button.description, asked)
         except Exception as error:  # a kernel's log is no place for what a person has to know
             self.failed = error
-            self._say(f"Not done: {error}")
+            self._say(f"Not done: {error_words(error)}")
 
     # --------------------------------------------------------------- showing
 
     def _say(self, words: str) -> None:
-        self.status.value = (
-            f'<div class="ildlab-note" role="status" aria-live="polite"><b>{html.escape(words)}</b></div>'
-        )
+        self.status.value = note(words, role="status")
 
-    def refresh(self, words: str | None = None) -> None:
+    def refresh(self, words: str = "Ready.") -> None:
         """Draw everything anew from the session."""
         session = self.session
-        self._off &= set(session.student.layer_ids)
-        scores = session.scores
+        here, scores = session.student.layer_ids, session.scores
+        self._off &= set(here)
         suggested = scores.least_important if scores else None
-        self.strip.show(
-            scores or session.latest_scores,
-            here=session.student.layer_ids,
-            off=self._off,
-            trained=session.trained,
-            suggested=suggested,
-        )
+        if scores and not self.strip.chosen:
+            self.strip.suggest(suggested)
+        marks = {"off": self._off, "trained": session.trained, "suggested": suggested}
+        self.strip.show(scores or session.latest_scores, here=here, **marks)
         self._forecast()
         self._describe()
-        table = session.history()
-        self.history.value = _table(table.drop(columns=["kl_undistilled"]).dropna(axis=1, how="all"))
-        self.steps.options = figures.step_labels(session)
+        table = session.history().drop(columns=["kl_undistilled"]).dropna(axis=1, how="all")
+        self.history.value = table.to_html(index=False, float_format=lambda v: f"{v:.4g}", na_rep="", border=0)
+        self.steps.options = step_labels(session)
         self.steps.value = session.journal.head.step
-        self.results.value = figures.evaluation_html(session) + figures.warnings_html(session)
-        self._draw()
-        where = f"{len(session.student)} of {len(session.teacher)} layers, step {session.journal.head.step}."
-        self._say(f"{words} {where}" if words else f"Ready. {where}")
-        self._update_static()
+        self.results.value = evaluation_html(session) + warnings_html(session)
+        self._show_figure()
+        where = f"{len(here)} of {len(session.teacher)} layers, step {session.journal.head.step}."
+        self._say(f"{words} {where}")
+        if self._static is not None:
+            self._static.update(self._as_it_stands())
 
     def _describe(self) -> None:
-        layer_id = self.strip.selected
-        scores = self.session.scores
-        if layer_id not in self.session.student.layer_ids:
-            words = f"Layer {layer_id} was removed."
-        elif scores is None or layer_id not in scores.table.index:
-            words = f"Layer {layer_id}: not measured since the student last changed."
-        else:
-            row = scores.table.loc[layer_id]
-            words = (
-                f"Layer {layer_id}: {scores.metric} {row.score:.4g}, interval [{row.ci_low:.4g}, {row.ci_high:.4g}] "
-                f"from {int(row.n)} sequences."
-            )
-            if layer_id == scores.least_important:
-                words += f" The least important one, with probability {scores.separation():.2f}"
-                tied = [i for i in scores.tied if i != layer_id]
-                words += f"; tied with {', '.join(map(str, tied))}." if tied else "."
-        if layer_id in self._off:
-            words += " Switched off in the what-if."
-        self.about.value = f'<div class="ildlab-note">{html.escape(words)}</div>'
+        off = " Switched off in the what-if." if self.strip.selected in self._off else ""
+        self.about.value = note(layer_words(self.session, self.strip.selected) + off)
 
     def _forecast(self) -> None:
         session = self.session
-        layers = len(session.student)
         blocks = session.config.calibration_tokens // session.config.block
         racing = "race" in options_of(self.metric.value)
         self.race.disabled = not racing
-        kind = f"{layers} branches × {blocks} blocks" if racing else f"one pass over {blocks} blocks"
+        kind = f"{len(session.student)} branches × {blocks} blocks" if racing else f"one pass over {blocks} blocks"
         past = [s for s in session.steps if s.action == "measure" and s.args["metric"] == self.metric.value]
         took = f"≈ {past[-1].seconds:.0f} s, as last time" if past else "not timed on this machine yet"
-        self.forecast.value = f'<div class="ildlab-note">{kind}; {took}.</div>'
+        self.forecast.value = note(f"{kind}; {took}.")
 
-    def _draw(self) -> None:
-        kind = self.figure_kind.value
+    def _show_figure(self) -> None:
+        name = self.figure_kind.value
         # A figure that took a forward pass stays until the student changes.
-        if self._kept[:2] == (kind, self.session.journal.head.step):
-            drawn = self._kept[2]
+        if self._kept[:2] == (name, self.session.journal.head.step):
+            self._drawn = self._kept[2]
         else:
             try:
-                drawn = figures.draw(kind, self.session)
+                self._drawn = figures.draw(name, self.session, self.text.value)
             except Exception as error:  # one figure that fails must not hide how the step itself ended
                 self.failed = error
-                drawn = figures.undrawn(kind, f"“{kind}” could not be drawn: {error}")
-        self.figure.value, self._axes, self._data = drawn.html, drawn.axes, drawn.data
-        self.code.value = f"<details><summary>show me the code</summary><pre>{html.escape(drawn.code)}</pre></details>"
+                self._drawn = figures.Drawn(note(f"“{name}” could not be drawn: {error_words(error)}"))
+        self.figure.value = self._drawn.html
+        code = f"<details><summary>show me the code</summary><pre>{html.escape(self._drawn.code)}</pre></details>"
+        self.code.value = code if self._drawn.code else ""
 
     # ------------------------------------------------------------------ jobs
 
-    def _job(self, name: str, make: Callable[[], Any], then: Callable[[Any], str | None] | None = None) -> None:
-        """Run a generator as the job in hand; `then` turns its result into words."""
-        self.failed = None
-        self._started = time.perf_counter()
-
-        def progress(p: Progress) -> None:
-            now = time.perf_counter()
-            if now - self._shown < SHOW_EVERY and p.done < p.total:
-                return
-            self._shown = now
-            self.bar.value = p.done / max(p.total, 1)
-            left = (now - self._started) * (p.total - p.done) / p.done if p.done else None
-            eta = "" if left is None else f", {left:.0f} s left"
-            held = " (paused)" if self.worker.paused else ""
-            self._say(f"{name}: {p.done}/{p.total}{eta}{held}. {p.note}")
-            self._partial(p.partial)
-
-        def end(outcome: Outcome) -> None:
-            self.bar.value = 0
-            self.pause.description = "Pause"
-            if outcome.state == "failed":
-                self.failed = outcome.value
-                self.refresh(f"{name} failed, and nothing is lost: {outcome.value}")
-            elif outcome.state == "stopped":
-                self.refresh(f"{name} stopped.")
-            else:
-                words = then(outcome.value) if then else None
-                self.refresh(words or f"{name}: done in {time.perf_counter() - self._started:.0f} s.")
-
+    def _start(self, name: str, work: Work[str | None]) -> None:
+        self.failed, self._live = None, []
+        self._next_figure, self._started = 0.0, time.perf_counter()
         self._say(f"{name} ...")
-        self._live = []
-        self._next_figure = 0.0
-        if not self.worker.start(make, progress, end):
+        if not self.worker.start(work, partial(self._progress, name), partial(self._end, name)):
             self._say(BUSY)
 
-    def _partial(self, partial: Any) -> None:
-        if hasattr(partial, "least_important"):
-            self.strip.show(partial, here=self.session.student.layer_ids, suggested=partial.least_important)
-        elif isinstance(partial, dict) and "kl" in partial:
-            self._live.append(partial)
+    def _progress(self, name: str, p: Progress) -> None:
+        now = time.perf_counter()
+        if now - self._shown < SHOW_EVERY and p.done < p.total:
+            return
+        self._shown = now
+        self.bar.value = p.done / max(p.total, 1)
+        left = f", {(now - self._started) * (p.total - p.done) / p.done:.0f} s left" if p.done else ""
+        held = " (paused)" if self.worker.paused else ""
+        self._say(f"{name}: {p.done}/{p.total}{left}{held}. {p.note}")
+        self._partial(p.partial)
+
+    def _end(self, name: str, outcome: Outcome) -> None:
+        self.bar.value = 0
+        self.pause.description = "Pause"
+        words = outcome.value or f"{name}: done in {time.perf_counter() - self._started:.0f} s."
+        if outcome.state == "failed":
+            self.failed = outcome.value
+            words = f"{name} failed, and nothing is lost: {error_words(outcome.value)}"
+        elif outcome.state == "stopped":
+            words = f"{name} stopped."
+        self.refresh(words)
+
+    def _partial(self, found: Any) -> None:
+        if hasattr(found, "least_important"):
+            self.strip.show(found, here=self.session.student.layer_ids, suggested=found.least_important)
+        elif isinstance(found, dict) and "kl" in found:
+            self._live.append(found)
             start = time.perf_counter()
             if len(self._live) > 1 and start >= self._next_figure:
                 self.figure.value = figures.live_losses(self._live)
                 end = time.perf_counter()
                 self._next_figure = end + (end - start) / DRAWING_SHARE
 
-    def _measure(self) -> None:
-        metric = self.metric.value
-        options = {"race": self.race.value} if "race" in options_of(metric) else {}
+    def _pause(self) -> None:
+        paused = self.worker.paused
+        if self.worker.busy:
+            (self.worker.resume if paused else self.worker.pause)()
+            self.pause.description = "Pause" if paused else "Resume"
+            self._say("Going on." if paused else "Paused at the next step.")
 
-        def done(scores) -> str:
-            return (
-                f"Measured {metric}: layer {scores.least_important} is the least important "
-                f"(probability {scores.separation():.2f})."
-            )
+    # --------------------------------------------------------------- actions
 
-        self._job("Measure", lambda: self.session.measure_steps(metric, **options), done)
+    def _measure(self) -> Work[str]:
+        metric, race = self.metric.value, self.race.value
+        # Only what a person changed is said: all else is the run's own.
+        changed = not self.race.disabled and race != bool(self.session.config.measure.get("race"))
+        scores = yield from self.session.measure_steps(metric, **({"race": race} if changed else {}))
+        least = scores.least_important
+        self.strip.suggest(least)
+        return f"Measured {metric}: layer {least} is the least important (probability {scores.separation():.2f})."
 
-    def _toggle(self) -> None:
-        layer_id = self.strip.selected
-        self.session.student.position(layer_id)
-        self._off ^= {layer_id}
-        self.refresh(f"Layer {layer_id} is {'off' if layer_id in self._off else 'on'} in the what-if.")
-        self._what_if()
+    def _suggest(self) -> str:
+        if self.session.scores is None:
+            raise SessionError("There is no suggestion: the student was not measured since it changed. Measure first.")
+        self.strip.suggest(self.session.scores.least_important)
+        return f"Layer {self.strip.selected} is selected."
 
-    def _reset(self) -> None:
+    def _toggle(self) -> Work[str]:
+        self.session.student.position(self.strip.selected)  # raises where it was removed
+        self._off ^= {self.strip.selected}
+        return (yield from self._what_if())
+
+    def _reset(self) -> str:
         self._off.clear()
         self.answers.value = ""
-        self.refresh("All layers are on.")
+        return "All layers are on."
 
-    def _what_if(self) -> None:
-        prompt, off = self.prompt.value, sorted(self._off)
+    def _what_if(self) -> Work[str]:
+        off = sorted(self._off)
+        found = yield from what_if_steps(self.session, self.prompt.value, off)
+        self.answers.value = found._repr_html_()
+        return f"Without {', '.join(map(str, off))}:" if off else "Student beside teacher:"
 
-        def done(found) -> str:
-            self.answers.value = found._repr_html_()
-            return f"Without {', '.join(map(str, off))}:" if off else "Student beside teacher:"
+    def _remove(self) -> str:
+        return f"Layer {self.session.remove(self.strip.selected)} removed; undo brings it back."
 
-        self._job("What if", lambda: what_if_steps(self.session, prompt, off), done)
-
-    def _suggest(self) -> None:
-        scores = self.session.scores
-        if scores is None:
-            self._say("Nothing to suggest: the student was not measured since it changed. Measure first.")
-            return
-        self.strip.select(scores.least_important)
-
-    def _remove(self) -> None:
-        layer_id = self.session.remove(self.strip.selected)
-        self.refresh(f"Layer {layer_id} removed; undo brings it back.")
-
-    def _distill(self) -> None:
-        from ildlab.distill.train import DistillConfig
-
-        changes: dict[str, Any] = {"tokens": self.tokens.value}
-        changes |= LOSSES.get(self.loss.value, {})
-        if self.scope.value != "as set":
-            changes["scope"] = self.scope.value
+    def _distill(self) -> Work[None]:
+        own, preset = self.session.config, self.preset.value
+        changes: dict[str, Any] = {**self.loss.value, **self.scope.value}
+        if preset or self.tokens.value != (own.distill.get("tokens") or own.train_tokens):
+            changes["tokens"] = self.tokens.value
         if self.use_rate.value:
             changes["learning_rate"] = self.rate.value
-        config = DistillConfig.paper() if self.preset.value != DEFAULTS else None
-        text = self.source.value.strip() or None
-        text = None if text == self.session.config.text else text
-        self._job("Distill", lambda: self.session.distill_steps(config, text=text, **changes))
+        source = self.source.value.strip()
+        text = source if source not in ("", own.text) else None
+        yield from self.session.distill_steps(preset, text=text, **changes)
 
-    def _heal(self) -> None:
-        def done(result) -> str:
-            return "Healed: kept." if result.kept else f"Not healed: {result.note or 'it did not help.'}"
+    def _evaluate(self) -> Work[None]:
+        # An empty box is no suite, and not the run's.
+        yield from self.session.evaluate_steps(self.suite.value.strip() or False)
 
-        self._job("Heal", lambda: self.session.heal_steps(), done)
+    def _undo(self) -> str:
+        return f"Back at step {self.session.undo().step}."
 
-    def _evaluate(self) -> None:
-        suite = self.suite.value.strip() or None
-        self._job("Evaluate", lambda: self.session.evaluate_steps(suite))
+    def _go_back(self) -> str:
+        return f"At step {self.session.undo(to=self.steps.value).step}."
 
-    def _pause(self) -> None:
-        if not self.worker.busy:
-            return
-        if self.worker.paused:
-            self.worker.resume()
-            self.pause.description = "Pause"
-        else:
-            self.worker.pause()
-            self.pause.description = "Resume"
-            self._say("Paused at the next step.")
-
-    def _undo(self) -> None:
-        self.refresh(f"Back at step {self.session.undo().step}.")
-
-    def _go_back(self) -> None:
-        self.refresh(f"At step {self.session.undo(to=self.steps.value).step}.")
-
-    def _folder(self) -> Path | None:
-        if not self.folder.value.strip():
-            self._say("Type the name of a new folder first.")
-            return None
-        return Path(self.folder.value.strip())
-
-    def _branch(self) -> None:
+    def _branch(self) -> str:
         folder = self._folder()
-        if folder is not None:
-            other = self.session.branch(folder, self.steps.value)
-            other.close()
-            self.refresh(f"Branched into {folder}: open it with PruningSession.open.")
+        self.session.branch(folder, self.steps.value).close()
+        return f"Branched into {folder}: open it with PruningSession.open."
 
-    def _export(self) -> None:
-        folder = self._folder()
-        if folder is not None:
-            self._job("Export", lambda: _at_once(lambda: self.session.export(folder)), self._verdict)
-
-    def _verdict(self, where: Path) -> str:
+    def _export(self) -> Work[str]:
+        yield Progress(0, 1)  # what follows cannot be stopped in the middle
+        where = self.session.export(self._folder())
         return f"Exported to {where}. {self.session.steps[-1].result['verdict']}."
 
-    def _draw_heavy(self) -> None:
-        kind, text = self.figure_kind.value, self.text.value
+    def _folder(self) -> Path:
+        if not self.folder.value.strip():
+            raise SessionError("Type the name of a new folder first.")
+        return Path(self.folder.value.strip())
 
-        def done(drawn) -> str:
-            self._kept = (kind, self.session.journal.head.step, drawn)
-            return f"Drawn: {kind}."
+    def _draw(self) -> Work[str]:
+        name = self.figure_kind.value
+        yield Progress(0, 1)
+        drawn = figures.draw(name, self.session, self.text.value, heavy=True)
+        self._kept = (name, self.session.journal.head.step, drawn)
+        return f"Drawn: {name}."
 
-        self._job(kind, lambda: _at_once(lambda: figures.draw(kind, self.session, text=text, heavy=True)), done)
-
-    def _save(self) -> None:
-        if self._axes is None:
-            self._say("There is no figure to save yet.")
-            return
-        from ildlab import plots
-
+    def _save(self) -> str:
+        if self._drawn.axes is None:
+            raise SessionError("There is no figure to save yet.")
         name = self.figure_kind.value.replace(" ", "_").replace("×", "x")
         path = self.session.folder / "figures" / f"{name}.{self.save_as.value.lower()}"
         path.parent.mkdir(exist_ok=True)
         if self.save_as.value == "CSV":
-            self._data.to_csv(path)
+            self._drawn.data.to_csv(path)
         else:
-            plots.save(self._axes, path)
-        self._say(f"Saved {path}.")
+            plots.save(self._drawn.axes, path)
+        return f"Saved {path}."
 
     # ---------------------------------------------------------- static, live
 
-    def static_html(self) -> str:
-        """What a reopened notebook, nbconvert or GitHub shows: the session as it stands, without widgets."""
-        return f"{self.session._repr_html_()}{self.figure.value}"
-
-    def _update_static(self) -> None:
-        if self._static is not None:
-            from IPython.display import HTML
-
-            self._static.update(HTML(f"<details><summary>as it stands</summary>{self.static_html()}</details>"))
+    def _as_it_stands(self, opened: str = "") -> HTML:
+        return HTML(f"<details {opened}><summary>as it stands</summary>{self._repr_html_()}</details>")
 
     def _ipython_display_(self) -> None:
-        from IPython.display import HTML, display
-
         display(self.view)
-        self._static = display(
-            HTML(f"<details open><summary>as it stands</summary>{self.static_html()}</details>"), display_id=True
-        )
+        self._static = display(self._as_it_stands("open"), display_id=True)
 
     def _repr_html_(self) -> str:
-        return self.static_html()
-
-
-def _table(frame) -> str:
-    return frame.to_html(index=False, float_format=lambda v: f"{v:.4g}", na_rep="", border=0)
-
-
-def _at_once(action: Callable[[], Any]):
-    """A generator that does one thing: for actions that cannot be stopped in the middle."""
-    yield Progress(0, 1)
-    return action()
+        """What a reopened notebook, nbconvert or GitHub shows: the session as it stands, without widgets."""
+        return f"{self.session._repr_html_()}{self.figure.value}"

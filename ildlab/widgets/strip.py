@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as w
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 
-from ildlab.plots.canvas import contrast, ink_on
+from ildlab.plots.canvas import MAP, ink_on
+from ildlab.widgets.words import score_words
+
+NOTHING = "#e8e8e8"  # the colour of a cell that has no score
 
 CSS = """<style>
 .ildlab-strip{flex-flow:row wrap}
@@ -17,56 +23,41 @@ CSS = """<style>
  45deg,transparent 0 5px,rgba(118,118,118,.35) 5px 7px)}
 .ildlab-strip .ildlab-off{text-decoration:line-through;border-style:dotted;border-color:#767676}
 .ildlab-strip .widget-button:focus-visible{outline:3px solid var(--jp-brand-color1,#1976d2)}
+.ildlab-status{font-weight:bold}
 .ildlab-note{color:var(--jp-ui-font-color1,#333)}
 .ildlab-note table{border-collapse:collapse}.ildlab-note td,.ildlab-note th{padding:1px 8px;text-align:right}
 </style>"""
 
 
 def shade(value: float | None, low: float, high: float) -> str:
-    """Colour of a score on the cividis scale, least to most; grey where there is none."""
+    """Colour of a score, least to most; grey where there is none."""
     if value is None:
-        return "#e8e8e8"
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    span = (value - low) / (high - low) if high > low else 0.5
-    return to_hex(colormaps["cividis"](span))
+        return NOTHING
+    return to_hex(colormaps[MAP]((value - low) / (high - low) if high > low else 0.5))
 
 
 class Strip:
     """Buttons for all layer ids of the teacher; a click selects, the slider moves by arrow keys.
 
-    Parameters
-    ----------
-    layer_ids : list of int
-        Of the teacher.
-    on_select : callable(layer id)
-    on_toggle : callable(), optional
-        A click, or Enter, on the cell that is selected already.
+    `on_select(layer id)` is called for what is selected, `on_toggle()` for a click, or Enter, on the cell that a person
+    selected before.
     """
 
     def __init__(
-        self, layer_ids: list[int], on_select: Callable[[int], None], on_toggle: Callable[[], None] | None = None
+        self, layer_ids: list[int], on_select: Callable[[int], Any], on_toggle: Callable[[], Any] | None = None
     ):
-        self.layer_ids = list(layer_ids)
         # The slider has to stand somewhere: until a person chooses, a click on that cell only selects it.
-        self._chosen = False
+        self.chosen = False
         self._on_select, self._on_toggle = on_select, on_toggle
         self.cells = {}
-        for layer_id in self.layer_ids:
-            cell = w.Button(description=str(layer_id), tooltip=f"layer {layer_id}")
-            cell.add_class(f"ildlab-cell-{layer_id}")
-            cell.on_click(lambda _, i=layer_id: self._clicked(i))
-            self.cells[layer_id] = cell
-        self.slider = w.SelectionSlider(
-            options=self.layer_ids, description="layer", continuous_update=True, layout=w.Layout(width="420px")
-        )
-        self.slider.add_class("ildlab-layer")
-        self.slider.observe(lambda change: self._selected(change["new"]), names="value")
-        row = w.HBox(list(self.cells.values()))
-        row.add_class("ildlab-strip")
+        for layer_id in layer_ids:
+            self.cells[layer_id] = w.Button().add_class(f"ildlab-cell-{layer_id}")
+            self.cells[layer_id].on_click(lambda _, i=layer_id: self._clicked(i))
+        self.slider = w.SelectionSlider(options=layer_ids, description="layer", layout=w.Layout(width="420px"))
+        self.slider.add_class("ildlab-layer").observe(lambda change: self._selected(change["new"]), names="value")
+        row = w.HBox(list(self.cells.values())).add_class("ildlab-strip")
         self.view = w.VBox([w.HTML(CSS), row, self.slider])
-        self._mark(self.selected, True)
+        _mark(self.cells[self.selected], "selected", True)
 
     @property
     def selected(self) -> int:
@@ -74,59 +65,49 @@ class Strip:
         return self.slider.value
 
     def select(self, layer_id: int) -> None:
-        """Select a layer."""
+        """Select a layer, as a person does."""
         self.slider.value = layer_id
 
+    def suggest(self, layer_id: int) -> None:
+        """Select a layer until a person chooses; a first click on it then only chooses it."""
+        self.slider.value = layer_id
+        self.chosen = False
+
     def _clicked(self, layer_id: int) -> None:
-        if layer_id == self.selected and self._chosen and self._on_toggle is not None:
+        if layer_id == self.selected and self.chosen and self._on_toggle is not None:
             self._on_toggle()
-        self._chosen = True
+        self.chosen = True
         self.select(layer_id)
 
     def _selected(self, layer_id: int) -> None:
-        self._chosen = True
-        for i in self.cells:
-            self._mark(i, i == layer_id)
+        self.chosen = True
+        for i, cell in self.cells.items():
+            _mark(cell, "selected", i == layer_id)
         self._on_select(layer_id)
 
-    def _mark(self, layer_id: int, on: bool) -> None:
-        cell = self.cells[layer_id]
-        (cell.add_class if on else cell.remove_class)("ildlab-selected")
-
     def show(self, scores=None, *, here=(), off=(), trained=(), suggested: int | None = None) -> None:
-        """Draw the present state.
+        """Draw the present state, with the `LayerScores` that are known.
 
-        Parameters
-        ----------
-        scores : LayerScores, optional
-        here : collection of int
-            Layer ids in the student; the others are removed.
-        off : collection of int
-            Layers switched off to try life without them.
-        trained : collection of int
-            Layers whose weights are no longer the teacher's; marked "*".
-        suggested : int, optional
-            The layer that the scores would remove; marked "▼".
+        The arguments are layer ids: `here` those of the student (the others are hatched, "×"), `off` switched off in
+        the what-if (struck out), `trained` no longer the teacher's ("*"), `suggested` to be removed ("▼").
         """
         table = None if scores is None else scores.table
         low, high = (0, 1) if table is None else (float(table["score"].min()), float(table["score"].quantile(0.9)))
         for layer_id, cell in self.cells.items():
-            value = float(table.at[layer_id, "score"]) if table is not None and layer_id in table.index else None
             gone = layer_id not in here
+            known = not gone and table is not None and layer_id in table.index
+            value = float(table.at[layer_id, "score"]) if known else None
             sign = "×" if gone else "▼" if layer_id == suggested else "*" if layer_id in trained else ""
-            cell.description = f"{layer_id}{sign}\n" + ("" if value is None or gone else f"{value:.3g}")
-            colour = "#e8e8e8" if gone else shade(None if value is None else min(value, high), low, high)
-            cell.style.button_color = colour
-            cell.style.text_color = ink_on(colour)
-            assert contrast(ink_on(colour), colour) >= 4.5
-            words = [f"layer {layer_id}"]
-            if gone:
-                words.append("removed")
-            elif value is not None:
-                row = table.loc[layer_id]
-                words.append(f"{scores.metric} {value:.4g} [{row.ci_low:.4g}, {row.ci_high:.4g}], n={int(row.n)}")
+            cell.description = f"{layer_id}{sign}\n" + (f"{value:.3g}" if known else "")
+            colour = shade(min(value, high) if known else None, low, high)
+            cell.style.button_color, cell.style.text_color = colour, ink_on(colour)
+            words = [f"layer {layer_id}"] + ["removed"] * gone + ([score_words(scores, layer_id)] if known else [])
             words += ["trained"] * (layer_id in trained) + ["switched off"] * (layer_id in off)
             words += ["least important"] * (layer_id == suggested)
             cell.tooltip = ", ".join(words)
-            for name, on in (("ildlab-removed", gone), ("ildlab-off", layer_id in off)):
-                (cell.add_class if on else cell.remove_class)(name)
+            _mark(cell, "removed", gone)
+            _mark(cell, "off", layer_id in off)
+
+
+def _mark(cell: w.Button, name: str, on: bool) -> None:
+    (cell.add_class if on else cell.remove_class)(f"ildlab-{name}")

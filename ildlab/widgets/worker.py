@@ -1,12 +1,11 @@
-"""One job at a time, on one daemon thread: the stepper's engine.
+"""One job at a time, on a daemon thread: the stepper's engine, which knows nothing of widgets.
 
-A job is a generator of `Progress`. Stop closes it at its next yield, pause holds it there. Nothing here
-knows about widgets; callbacks are called on the worker's thread (in the caller, with `inline=True`).
+A job is a generator of `Progress`. Stop closes it at its next yield, pause holds it there. Callbacks are called on the
+job's thread (in the caller, with `inline=True`).
 """
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,12 +28,9 @@ class Worker:
 
     def __init__(self, inline: bool = False):
         self.inline = inline
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._busy = threading.Lock()
-        self._stop = threading.Event()
-        self._go = threading.Event()
+        self._stop, self._go = threading.Event(), threading.Event()
         self._go.set()
-        self._thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -46,22 +42,14 @@ class Worker:
         """Whether the job is held at a yield."""
         return not self._go.is_set()
 
-    def start(
-        self, make: Callable[[], Work], on_progress: Callable[[Progress], None], on_end: Callable[[Outcome], None]
-    ) -> bool:
-        """Run `make()` to its end; False, and nothing else, where a job is running already."""
+    def start(self, work: Work, on_progress: Callable[[Progress], Any], on_end: Callable[[Outcome], Any]) -> bool:
+        """Run a generator to its end; False, and nothing else, where a job is running already."""
         if not self._busy.acquire(blocking=False):
             return False
         self._stop.clear()
         self._go.set()
-        if self.inline:
-            self._run(make, on_progress, on_end)
-        else:
-            # A callback that raised ended the thread, with its traceback in the kernel's log.
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._loop, name="ildlab-worker", daemon=True)
-                self._thread.start()
-            self._jobs.put((make, on_progress, on_end))
+        run = threading.Thread(target=self._run, args=(work, on_progress, on_end), daemon=True)
+        (run.run if self.inline else run.start)()
         return True
 
     @contextmanager
@@ -90,40 +78,32 @@ class Worker:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until no job runs; False where that took longer than `timeout` seconds."""
-        if not self._busy.acquire(timeout=-1 if timeout is None else timeout):
-            return False
-        self._busy.release()
-        return True
+        ended = self._busy.acquire(timeout=-1 if timeout is None else timeout)
+        if ended:
+            self._busy.release()
+        return ended
 
-    def _loop(self) -> None:
-        while True:
-            self._run(*self._jobs.get())
-
-    def _run(self, make, on_progress, on_end) -> None:
+    def _run(self, work, on_progress, on_end) -> None:
+        # The callback runs while the job still counts as running, so that no second one overtakes it; one that
+        # raises ends the thread, with its traceback in the kernel's log, and the worker is free again.
         try:
-            outcome = self._drive(make, on_progress)
-        finally:
+            outcome = self._drive(work, on_progress)
             self._go.set()
-        # The callback runs while the job still counts as running, so that no second one overtakes it.
-        try:
             on_end(outcome)
         finally:
             self._busy.release()
 
-    def _drive(self, make, on_progress) -> Outcome:
-        work = None
+    def _drive(self, work, on_progress) -> Outcome:
         try:
-            work = make()
             while True:
-                progress = next(work)
-                on_progress(progress)
+                on_progress(next(work))
                 self._go.wait()
                 if self._stop.is_set():
-                    work.close()
+                    work.close()  # here, since it may fail: it journals what was reached
                     return Outcome("stopped")
         except StopIteration as stop:
             return Outcome("done", stop.value)
         except Exception as error:  # shown to the person in words, and kept for the traceback
-            if work is not None:
-                work.close()
             return Outcome("failed", error)
+        finally:
+            work.close()

@@ -1,0 +1,282 @@
+"""Figures of curves: losses over steps, and quality over layers removed, by method, task or branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+from ildlab.errors import SuiteError
+from ildlab.plots.canvas import (
+    ABOVE,
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREEN,
+    LINE,
+    PURPLE,
+    TEXT,
+    VERMILLION,
+    label_of,
+    legend,
+    new_axes,
+    new_figure,
+    note,
+    second_axis,
+    style,
+)
+
+# Colour, dash and marker; dash and marker tell the methods apart without colour.
+STYLES = {
+    "shortgpt": (LINE, ":", "x"),
+    "iterative_block_influence": (PURPLE, "-.", "v"),
+    "iterative_layerwise_pruning": (VERMILLION, "--", "s"),
+    "iterative_block_influence_distillation": (GREEN, (0, (5, 1)), "^"),
+    "iterative_layerwise_distillation": (BLUE, "-", "o"),
+}
+
+
+def loss_curves(history: pd.DataFrame) -> Axes:
+    """Draw the losses of a distillation, KL on the left and hidden-state losses on the right.
+
+    They have different units, so that one axis for both would say nothing of either. Returned is the Axes of KL; the
+    other is its `figure.axes[1]`.
+
+    Parameters
+    ----------
+    history : DataFrame
+        Columns `step`, `kl` and any that begin with `mse` or `hidden_`.
+    """
+    left, right = new_figure(8.5, 3.0).subplots(1, 2)
+    table = history.set_index("step") if "step" in history else history.set_axis(range(1, len(history) + 1))
+    hidden = [c for c in table.columns if c.startswith(("mse", "hidden_"))]
+    hidden = [c for c in hidden if not c.endswith(("_grad", "_share", "_norm"))]
+    _losses(style(left), table[[c for c in ("kl", "loss") if c in table][:1]], "KL (nats per token)")
+    _losses(style(right), table[hidden], "hidden-state loss")
+    return left
+
+
+def _losses(ax: Axes, table: pd.DataFrame, unit: str) -> None:
+    """Draw the columns of a table by step; from 20 steps on their running medians, the values behind them."""
+    table = table.apply(pd.to_numeric, errors="coerce")
+    for number, (name, values) in enumerate(table.items()):
+        if not values.notna().any():
+            continue
+        # Each turn through the colours begins at another dash, so that no two lines look the same.
+        look = {"color": COLOURS[number % 4], "linestyle": DASHES[(number + number // 4) % 4], "linewidth": 1.8}
+        label = name.replace("_", " ")
+        if len(values) >= 20:
+            ax.plot(table.index, values, color=look["color"], alpha=0.35, linewidth=0.8)
+            values = values.rolling(max(5, len(values) // 20), min_periods=1, center=True).median()
+            label += " (running median)" if len(table.columns) == 1 else ""
+        ax.plot(table.index, values, label=label, marker="o" if len(values) < 8 else None, markersize=3, **look)
+    drawn = table.to_numpy(float)
+    if not np.isfinite(drawn).any():
+        ax.text(0.5, 0.5, "not part of this loss", transform=ax.transAxes, ha="center", color=TEXT, fontsize=9)
+    elif 0 < 3 * np.nanmin(drawn) < np.nanmax(drawn):
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(ScalarFormatter() if np.nanmax(drawn) < 20 * np.nanmin(drawn) else "")
+        ax.tick_params(axis="y", which="minor", labelsize=7)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    legend(ax)
+
+
+def quality(
+    table: pd.DataFrame, ax: Axes | None = None, *, value: str = "perplexity", teacher: float | None = None
+) -> Axes:
+    """Draw quality against the number of layers removed, with parameters on a second axis, `figure.axes[-1]`.
+
+    Parameters
+    ----------
+    table : DataFrame
+        `PruningSession.history()`, or one row a number of layers removed: `n_removed`, `{value}_before` and
+        `{value}_after` distillation (or `{value}` alone), and optionally `parameters`.
+    value : str
+        "perplexity", "kl", "aggregate" or another pair of columns.
+    teacher : float, optional
+        The teacher's value, as a dotted line; by default that of a history.
+    """
+    if {value, f"{value}_pruned"} <= set(table.columns):
+        table, whole = _before_and_after(table, value)
+        teacher = whole if teacher is None else teacher
+    lines = [
+        (f"{value}_before", "removed only", VERMILLION, "--", "s"),
+        (f"{value}_after", "removed and distilled", BLUE, "-", "o"),
+        (value, value, BLUE, "-", "o"),
+    ]
+    lines = [line for line in lines if line[0] in table and table[line[0]].notna().any()]
+    if "n_removed" not in table or not lines:
+        raise ValueError(
+            f"A quality table needs n_removed and {value}, {value}_before or {value}_after; "
+            f"this one has {list(table.columns)}."
+        )
+    table = table.sort_values("n_removed")
+    ax = new_axes(ax, 6.5, 3.4)
+    if "parameters" in table and table["parameters"].notna().any():
+        second = second_axis(ax, "parameters (millions, dotted bars)")
+        look = {"facecolor": "none", "edgecolor": LINE, "hatch": "..", "alpha": 0.5, "linewidth": 0.8}
+        second.bar(table["n_removed"], table["parameters"] / 1e6, width=0.55, label="parameters", **look)
+    for column, label, colour, dash, marker in lines:
+        known = table.set_index("n_removed")[column].dropna()
+        ax.plot(known.index, known, dash, color=colour, marker=marker, label=label, linewidth=1.8)
+        note(ax, f"{known.iloc[-1]:.3g}", (known.index[-1], known.iloc[-1]), (6, 4), 9)
+    if teacher is not None:
+        ax.axhline(teacher, color=GREEN, linestyle=":", linewidth=1.5, label=f"teacher ({teacher:.3g})")
+    ax.margins(x=0.1, y=0.12)
+    _layers_removed(ax, f"held-out {_unit(value)}")
+    legend(ax, **ABOVE, ncols=3)
+    return ax
+
+
+def _before_and_after(history: pd.DataFrame, value: str) -> tuple[pd.DataFrame, float | None]:
+    """A history with `{value}_before` (never distilled, else just pruned) and `_after`, and the teacher's value."""
+    undistilled = history.get(f"{value}_undistilled", history[f"{value}_pruned"])
+    before = undistilled.fillna(history[f"{value}_pruned"]).fillna(history[value])
+    table = history.assign(**{f"{value}_before": before, f"{value}_after": history[value]}).drop(columns=value)
+    teacher = history.loc[history["n_removed"] == 0, value].dropna()
+    return table, float(teacher.iloc[0]) if len(teacher) else None
+
+
+def methods(
+    table: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    value: str = "aggregate",
+    over: str = "layers_removed",
+    labels: dict[str, str] | None = None,
+    parameters: bool = True,
+) -> Axes:
+    """Draw a curve a method against layers removed, with intervals where the table has them; dotted: 0 removed.
+
+    Parameters
+    ----------
+    table : DataFrame
+        `method`, `over`, `value`, and optionally `low`, `high`, `parameters`.
+    value : str
+    over : str
+        "layers_removed", or "share_removed" to lay models of other depths beside each other.
+    labels : dict, optional
+        Method -> name in the legend.
+    parameters : bool
+        Show parameters on a second axis, where the table has them.
+    """
+    ax = new_axes(ax, 7.5, 4.2)
+    names = [name for name in STYLES if name in set(table["method"])]
+    for name in names + sorted(set(table["method"]) - set(names)):
+        own = table[table["method"] == name].sort_values(over)
+        ax.plot(own[over], own[value], linewidth=1.8, **_look(name, labels))
+        if value == "aggregate" and {"low", "high"} <= set(own.columns):
+            ax.fill_between(own[over], own["low"], own["high"], color=_look(name)["color"], alpha=0.12, linewidth=0)
+    for teacher in table.loc[table[over] == 0, value][:1]:
+        ax.axhline(teacher, color=TEXT, linestyle=(0, (1, 2)), linewidth=1.2, label=f"teacher ({teacher:.3f})")
+    if parameters and "parameters" in table.columns:
+        sizes = table.groupby(over)["parameters"].first() / 1e6
+        second = second_axis(ax, "parameters (millions), thin line")
+        second.plot(sizes.index, sizes, color=LINE, linewidth=0.8, marker=".", markersize=4)
+    if over == "layers_removed":
+        _layers_removed(ax, _unit(value))
+    else:
+        ax.set_xlabel(f"{over.partition('_')[0]} of layers removed")
+        ax.set_ylabel(_unit(value))
+    legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    return ax
+
+
+def task_panels(
+    table: pd.DataFrame,
+    tasks: Sequence[str],
+    *,
+    chance: dict[str, float] | None = None,
+    labels: dict[str, str] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """Draw one small panel a task: its score against layers removed, a line a method.
+
+    Parameters
+    ----------
+    table : DataFrame
+        `method`, `layers_removed` and a column for each task.
+    tasks : sequence of str
+    chance : dict, optional
+        Task -> score of a guesser, as a thin line.
+    labels : dict, optional
+        Method -> name in the legend.
+    columns : int
+        Panels in a row.
+
+    Raises
+    ------
+    SuiteError
+        No tasks.
+    """
+    if not tasks:
+        raise SuiteError("There are no tasks to draw panels of: name columns of the table.")
+    rows = -(-len(tasks) // columns)
+    figure = new_figure(2.3 * columns, 1.9 * rows + 0.6)
+    panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+    for number, (ax, task) in enumerate(zip(panels, tasks, strict=False)):
+        style(ax)
+        for name, own in table.sort_values("layers_removed").groupby("method", sort=False):
+            ax.plot(own["layers_removed"], own[task], markersize=4, **_look(name, labels))
+        if chance and chance.get(task):
+            ax.axhline(chance[task], color=LINE, linewidth=0.8, linestyle=":")
+        ax.set_title(task.replace("_", " "), color=TEXT, fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if number % columns == 0:
+            ax.set_ylabel("score", fontsize=9)
+        if len(tasks) - columns <= number:  # nothing below it
+            ax.set_xlabel("layers removed", fontsize=9)
+            ax.tick_params(labelbottom=True)
+    for ax in panels[len(tasks) :]:
+        ax.set_visible(False)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, labelcolor=TEXT, fontsize=8)
+    return figure
+
+
+def branches(tables: dict[str, pd.DataFrame], ax: Axes | None = None, *, value: str = "perplexity") -> Axes:
+    """Draw several branches of one run on one figure: quality against layers removed.
+
+    Parameters
+    ----------
+    tables : dict of str to DataFrame
+        For each branch a table as of `ildlab.session.history_table`. Where an iteration was not distilled, the
+        value right after its removal stands in.
+    value : str
+        "perplexity" or "kl".
+    """
+    ax = new_axes(ax, 6.5, 3.4)
+    for number, (name, table) in enumerate(tables.items()):
+        drawn = table[value].fillna(table[f"{value}_pruned"])
+        look = {"color": COLOURS[number % 4], "linestyle": DASHES[number % 4], "marker": "osD^v"[number % 5]}
+        ax.plot(table["n_removed"], drawn, label=name, linewidth=1.8, **look)
+    _layers_removed(ax, _unit(value))
+    legend(ax)
+    return ax
+
+
+# ------------------------------------------------------------------ shared
+
+
+def _look(name: str, labels: dict[str, str] | None = None) -> dict[str, Any]:
+    """How a method's line looks, and its name in the legend."""
+    colour, dash, marker = STYLES.get(name, (TEXT, "-", "."))
+    label = (labels or {}).get(name, str(name).replace("_", " "))
+    return {"color": colour, "linestyle": dash, "marker": marker, "label": label}
+
+
+def _unit(value: str) -> str:
+    return "KL to the teacher (nats/token)" if value == "kl" else label_of(value)
+
+
+def _layers_removed(ax: Axes, unit: str) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("layers removed")
+    ax.set_ylabel(unit)

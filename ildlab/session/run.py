@@ -1,0 +1,336 @@
+"""`Run`: a run folder opened, its frozen teacher, and the student that the journal leads to.
+
+It is what the steps of the method, the loop, tables and export act on; `PruningSession` is its face for people.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from ildlab.errors import JournalError, SessionError
+from ildlab.evaluate.record import Evaluation
+from ildlab.importance.scores import LayerScores
+from ildlab.model.fingerprints import fingerprint
+from ildlab.model.load import LoadedModel, load_model
+from ildlab.model.stack import LayerStack
+from ildlab.session.config import SessionConfig, storage_dtype
+from ildlab.session.doctor import check_describable
+from ildlab.session.journal import CHANGES_STUDENT, Journal, Step
+from ildlab.text.blocks import TextBlocks, load_text
+
+FORMAT = 2  # of a run folder; 1 named its teacher by another fingerprint
+
+
+class Run:
+    """One run: a frozen teacher, the student it is pruned to, and the journal of how. Made by `create` or `open`.
+
+    Attributes
+    ----------
+    journal, folder, config : Journal, Path, SessionConfig
+    loaded, tokenizer : LoadedModel, and its tokenizer
+    teacher, student : LayerStack
+        The student shares with the teacher every weight that did not change.
+    """
+
+    def __init__(self, journal: Journal, loaded: LoadedModel, teacher: LayerStack):
+        self.journal, self.folder = journal, journal.folder
+        known = SessionConfig.__dataclass_fields__  # an older version had settings that are no more
+        self.config = SessionConfig(**{k: v for k, v in journal.config["settings"].items() if k in known})
+        self.loaded, self.tokenizer, self.teacher = loaded, loaded.tokenizer, teacher
+        self._text: dict[tuple, TextBlocks] = {}
+        self._busy, self._action, self._began = threading.Lock(), "", 0.0
+        self.student = self.student_at(journal.head.step)
+
+    # ------------------------------------------------------- making, opening
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        teacher: str | LoadedModel = "smollm2-135m",
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        **settings: Any,
+    ) -> Self:
+        """Start a run in a new folder.
+
+        `dtype` and `device` are those of `load_model`, `settings` fields of `SessionConfig` (`distill` may be a
+        `DistillConfig`).
+
+        Raises
+        ------
+        SessionError, ModelError, ExportError, TextError, JournalError
+            Before anything is written, where an argument is wrong, or the model cannot lose a layer.
+        """
+        config = SessionConfig.of(getattr(teacher, "name", teacher), settings)  # before the model is loaded
+        loaded = _loaded(teacher, dtype, device)
+        config = replace(config, teacher=loaded.name)
+        stack = LayerStack(loaded.model)
+        check_describable(stack)
+        splits = ("calibration", "eval") if config.eval_text else ("calibration",)
+        texts = {split: text_record(load_split(config, loaded.tokenizer, split)) for split in splits}
+        facts = {
+            "ildlab_run": FORMAT,
+            "teacher": loaded.name,
+            "fingerprint": fingerprint(stack, any_dtype=True),
+            "layers": len(stack),
+            "weights_dtype": str(storage_dtype(stack)).removeprefix("torch."),
+            "settings": asdict(config),
+        }
+        journal = Journal.create(folder, facts)
+        about = {"args": {"teacher": loaded.name}, "result": {"text": texts}}
+        journal.append("create", layer_ids=stack.layer_ids, seed=config.seed, **about)
+        return cls(journal, loaded, stack)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, teacher: str | LoadedModel | None = None, *, dtype: str = "auto", device: str = "auto"
+    ) -> Self:
+        """Go on with a run, at the step where it stood.
+
+        `teacher` says where the teacher is now, if not under the name that the run was made with.
+
+        Raises
+        ------
+        JournalError
+            No run there, another session has it open, or it is another teacher's.
+        """
+        journal = Journal.open(folder)
+        try:
+            loaded = _loaded(teacher or journal.config["teacher"], dtype, device)
+            stack = LayerStack(loaded.model)
+            _check_teacher(journal, loaded.name, stack)
+            if not journal.steps:  # killed between config.json and the first line
+                journal.append("create", layer_ids=stack.layer_ids, args={"teacher": loaded.name})
+            return cls(journal, loaded, stack)
+        except BaseException:
+            journal.close()
+            raise
+
+    def branch(self, folder: str | Path, step: int | None = None) -> Self:
+        """A second run that shares this one's past up to a step (by default today's), in a folder of its own."""
+        journal = self.journal.branch(folder, self.journal.head.step if step is None else step)
+        return type(self)(journal, self.loaded, self.teacher)
+
+    def close(self) -> None:
+        """Let go of the run folder, so that another session may open it."""
+        self.journal.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- looking
+
+    @property
+    def steps(self) -> list[Step]:
+        """Every step of the journal, those that were undone included."""
+        return self.journal.steps
+
+    @property
+    def path(self) -> list[Step]:
+        """The steps that led to today's student."""
+        return self.journal.path_to(self.journal.head.step)
+
+    @property
+    def removed(self) -> list[int]:
+        """Layer ids removed so far, in order."""
+        return [step.args["layer_id"] for step in self.path if step.action == "remove"]
+
+    @property
+    def trained(self) -> list[int]:
+        """Layer ids of the student whose weights are no longer the teacher's."""
+        ours, theirs = (
+            {i: next(layer.parameters()).data_ptr() for i, layer in zip(stack.layer_ids, stack.layers)}
+            for stack in (self.student, self.teacher)
+        )
+        return [i for i in ours if ours[i] != theirs[i]]
+
+    @property
+    def seed(self) -> int:
+        """Seed of what is drawn next: of the place in the run alone, so that a resumed run draws the same."""
+        return self.config.seed + 1000 * len(self.removed)
+
+    @cached_property
+    def weights_dtype(self) -> torch.dtype:
+        """dtype that changed weights are rounded to and stored in, and of exported checkpoints."""
+        # "auto" was settled once: the folder may be opened on a machine that loads the teacher in another dtype.
+        asked = self.config.weights_dtype
+        return getattr(torch, self.journal.config["weights_dtype"] if asked == "auto" else asked)
+
+    @property
+    def scores(self) -> LayerScores | None:
+        """Latest scores of today's student; None where it changed since it was measured."""
+        step = self._latest("measure")
+        return step and self.scores_at(step.step)
+
+    @property
+    def latest_scores(self) -> LayerScores | None:
+        """The last scores on the way to today's student, though it may have changed since; or None."""
+        step = self._latest("measure", since=())
+        return step and self.scores_at(step.step)
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """Latest evaluation of today's student; None where it changed since."""
+        step = self._latest("evaluate")
+        return step and Evaluation.from_dict(step.result["evaluation"])
+
+    def _latest(self, action: str, since: Sequence[str] = CHANGES_STUDENT) -> Step | None:
+        """The last step of a kind, after the last of the kinds in `since`."""
+        step = next((s for s in reversed(self.path) if s.action in (action, *since)), None)
+        return step if step is not None and step.action == action else None
+
+    def scores_at(self, step: int) -> LayerScores:
+        """The scores that a `measure` step found."""
+        record = self.journal.path_to(step)[-1]
+        if record.action != "measure":
+            raise SessionError(f"Step {step} is a {record.action}, not a measure: it has no scores.")
+        return LayerScores.from_dict(record.result["scores"])
+
+    def text(self, split: str, source: str | None = None, tokens: int | None = None) -> TextBlocks:
+        """The run's text blocks of a split (`"calibration"`, `"train"` or `"eval"`), or another source's.
+
+        Training text is drawn anew after each removal, so that a longer run sees more text; the others stay the same,
+        so that scores and evaluations compare. `tokens` asks for more than the run's.
+        """
+        seed = self.seed if split == "train" else self.config.seed
+        key = (split, seed, source, tokens)
+        if key not in self._text:
+            # One text a split is kept: an old iteration's training text is not needed again.
+            self._text = {other: kept for other, kept in self._text.items() if other[0] != split}
+            self._text[key] = load_split(
+                self.config, self.tokenizer, split, seed=seed, source=source, tokens=tokens or 0
+            )
+        return self._text[key]
+
+    def student_at(self, step: int) -> LayerStack:
+        """The student as it was at a step; it shares with the teacher every weight that did not change."""
+        record = self.journal.path_to(step)[-1]
+        student = self.teacher.share()
+        for layer_id in [i for i in self.teacher.layer_ids if i not in record.layer_ids]:
+            student.remove(layer_id)
+        tensors = self.journal.tensors_at(step)  # "layer.<layer id>.<parameter>"
+        changed = sorted({int(name.split(".")[1]) for name in tensors} & set(record.layer_ids))
+        student.own(changed)
+        with torch.no_grad():
+            for layer_id in changed:
+                for name, parameter in student.layers[student.position(layer_id)].named_parameters():
+                    parameter.copy_(tensors[f"layer.{layer_id}.{name}"])
+        return student
+
+    # ----------------------------------------------------------------- acting
+
+    @contextmanager
+    def acting(self, action: str) -> Iterator[None]:
+        """Hold the run for one action: two at a time would work on a student that the other one changes.
+
+        Raises
+        ------
+        SessionError
+            Another action is in hand: in the stepper, in another thread, or a generator that was begun and
+            neither ended nor closed.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise SessionError(
+                f"Cannot {action} now: the session is in the middle of {self._action}. Let it end, or stop it first "
+                "(a generator such as distill_steps() is stopped by its close())."
+            )
+        self._action, self._began = action, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def append(self, action: str, **fields: Any) -> Step:
+        """Journal a step of today's student; `fields` as in `Journal.append`, `seconds` those of the action in hand."""
+        seconds = time.perf_counter() - self._began if self._busy.locked() else 0.0
+        return self.journal.append(action, layer_ids=self.student.layer_ids, seconds=seconds, **fields)
+
+    def commit(self, action: str, changed: Sequence[int], **fields: Any) -> Step:
+        """Journal a step that changed the weights of some layers, rounded to what is stored."""
+        tensors = {}
+        with torch.no_grad():
+            for layer_id in changed:
+                for name, parameter in self.student.layers[self.student.position(layer_id)].named_parameters():
+                    stored = parameter.to(self.weights_dtype)
+                    parameter.copy_(stored)
+                    tensors[f"layer.{layer_id}.{name}"] = stored
+        try:
+            return self.append(action, tensors=tensors, **fields)
+        except Exception:  # nothing was written
+            self.restore()
+            raise
+
+    def restore(self) -> None:
+        """Make today's student the one of the journal again, whatever was done to it since."""
+        self.student = self.student_at(self.journal.head.step)
+
+
+# ---------------------------------------------------------------- helpers
+
+
+def load_split(
+    config: SessionConfig,
+    tokenizer,
+    split: str,
+    *,
+    seed: int | None = None,
+    source: str | None = None,
+    tokens: int = 0,
+) -> TextBlocks:
+    """Text blocks of a split as a config says; `tokens` asks for more than its own."""
+    return load_text(
+        source or (split == "eval" and config.eval_text) or config.text,
+        tokenizer,
+        block=config.block,
+        tokens=max(tokens, getattr(config, f"{split}_tokens")),
+        split=split,
+        seed=config.seed if seed is None else seed,
+        text_column=config.text_column,
+    )
+
+
+def text_record(blocks: TextBlocks) -> dict[str, Any]:
+    """What a journal says of the text that a step used; `bos` are the ids that open each block, where any do."""
+    told = {
+        "source": blocks.source,
+        "fingerprint": blocks.fingerprint,
+        "bos": list(getattr(blocks, "bos", None) or ()),
+    }
+    return told | ({"note": blocks.note} if blocks.note else {})
+
+
+def _loaded(teacher: str | LoadedModel, dtype: str, device: str) -> LoadedModel:
+    return teacher if isinstance(teacher, LoadedModel) else load_model(teacher, dtype=dtype, device=device)
+
+
+def _check_teacher(journal: Journal, name: str, stack: LayerStack) -> None:
+    """Raise JournalError where a run is another teacher's."""
+    config, found = journal.config, fingerprint(stack, any_dtype=True)
+    older = config.get("ildlab_run") != FORMAT
+    if len(stack) != config["layers"] or not (older or found == config["fingerprint"]):
+        raise JournalError(
+            f"{journal.folder} holds a run of another teacher ({config['teacher']!r}, {config['layers']} layers, "
+            f"fingerprint {config['fingerprint'][:12]}) than {name!r} ({len(stack)} layers, {found[:12]}). "
+            "Open it with that teacher, or start a run in another folder."
+        )
+    if older:
+        warnings.warn(
+            f"{journal.folder} was begun by an older ildlab, which named its teacher otherwise: that {name!r} is the "
+            "model that it was begun with cannot be checked.",
+            stacklevel=4,
+        )
