@@ -81,16 +81,6 @@ def test_padding_never_counts(small, tokens, mask, metric):
     np.testing.assert_allclose(got.table.score, (want * weights[:, None]).sum(0) / weights.sum(), rtol=1e-4)
 
 
-def test_last_token_alone(small, tokens, mask):
-    """Gromov et al. read the last token."""
-    inputs = {"input_ids": torch.where(mask.bool(), tokens, 0), "attention_mask": mask}
-    last = torch.zeros_like(mask)
-    last[torch.arange(5), mask.sum(1) - 1] = 1
-    want = naive(small, inputs, last, PER_TOKEN["angular_distance"])
-    got = measure(small, inputs, "angular_distance", tokens="last")
-    np.testing.assert_allclose(got.per_sequence, want, rtol=1e-4)
-
-
 def test_nearly_equal_states_lose_no_digits(tiny, tokens):
     """Where the cosine is 1 - 1e-7, 1 - cosine in fp32 would be noise."""
     stack = LayerStack(tiny(4))

@@ -211,11 +211,42 @@ def test_cut_contexts_are_noted_and_a_nan_is_an_error(stack, teacher, tmp_path):
         score_suite(broken, teacher.tokenizer, tmp_path / "tasks" / "nan.yaml")
 
 
-def test_a_sweep_refuses_it(stack, teacher, generating):
-    suite = load_suite(generating)
-    assert not suite.swept and suite.name == "goes_on"
-    with pytest.raises(MeasureError, match="by itself"):
-        measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
+def test_a_task_that_generates_is_measured_by_separate_evaluations(stack, teacher, tmp_path):
+    rows = []
+    for question in ("One, two, three,", "The sky is"):  # what the student itself says is right: each change hurts
+        ids = teacher.tokenizer(question, return_tensors="pt").input_ids
+        answer = teacher.tokenizer.decode(greedy(stack.model, ids, tokens=2)[0, ids.shape[1] :])
+        rows.append({"question": question, "answer": answer})
+    settings = {"until": [], "max_gen_toks": 2, "do_sample": False}
+    texts = {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}"}
+    generates = {"output_type": "generate_until", "generation_kwargs": settings}
+    write_task(tmp_path / "tasks", "says", rows, **generates, **texts, **metric("exact_match"))
+    write_task(
+        tmp_path / "tasks",
+        "picks",
+        [{"question": "2 + 2 =", "choices": ["3", "4"], "gold": 1}] * 2,
+        output_type="multiple_choice",
+        doc_to_text="{{question}}",
+        doc_to_choice="choices",
+        doc_to_target="gold",
+        **metric("acc"),
+    )
+    group = {"group": "both", "task": ["says", "picks"]}
+    (tmp_path / "tasks" / "both.yaml").write_text(yaml.safe_dump(group))
+    suite = load_suite(tmp_path / "tasks" / "both.yaml")
+    scores = measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
+    assert scores.details["way"] == "separate evaluations" and scores.table.n.tolist() == [4] * 3
+    whole = score_suite(stack, teacher.tokenizer, suite)
+    assert whole.tasks["says"].score == 1 and scores.details["whole"] == whole.aggregate
+    drops = []
+    for layer_id in stack.layer_ids:
+        pruned = stack.share()
+        pruned.remove(layer_id)
+        drops.append(whole.aggregate - score_suite(pruned, teacher.tokenizer, suite).aggregate)
+    np.testing.assert_allclose(scores.table.score, drops, atol=1e-12)
+    assert max(drops) > 0
+    with pytest.raises(MeasureError, match="Use race=False"):
+        measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer, race=True)
 
 
 def test_its_name_follows_its_files(generating):

@@ -1,12 +1,7 @@
-"""LayerScores: intervals, separation, ties, storing; what `measure` refuses; ranks, memory, host syncs."""
+"""LayerScores: intervals, separation, ties, storing; what `measure` refuses; positions, memory, host syncs."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -14,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ildlab.errors import MeasureError, TextError
-from ildlab.importance import batches as parallel
+from ildlab.importance import samples
 from ildlab.importance.dispatch import measure, measure_steps
 from ildlab.importance.samples import Positions
 from ildlab.importance.scores import LayerScores
@@ -154,8 +149,6 @@ def test_display_marks_the_least(small, tokens):
         ({"metric": "nll", "colour": 3}, "no option 'colour'"),
         ({"metric": "nll", "confidence": 1.0}, "confidence"),
         ({"metric": "nll", "tie": -1.0}, "tie"),
-        ({"metric": "angular_distance", "tokens": "some"}, "one of 'all', 'last'"),
-        ({"metric": "lrp", "tokens": "last"}, "no option 'tokens'"),
         ({"metric": "nll", "positions": "many"}, "positions='many'"),
         ({"metric": "nll", "seed": -1}, "seed=-1"),
     ],
@@ -217,7 +210,7 @@ def test_sampled_positions_are_unbiased(small, tokens):
     np.testing.assert_allclose(sampled, full, atol=0.25)
 
 
-# ------------------------------------------------------------ memory, ranks, syncs
+# ------------------------------------------------------------ memory, syncs
 
 
 @pytest.mark.parametrize("metric", ["block_influence", "taylor", "nll"])
@@ -279,8 +272,8 @@ class Syncs(TorchDispatchMode):
 )
 def test_one_host_sync_a_batch(small, tokens, metric, monkeypatch):
     copies = []
-    to_host = parallel.to_host
-    monkeypatch.setattr(parallel, "to_host", lambda v: copies.append(1) or to_host(v))
+    to_host = samples.to_host
+    monkeypatch.setattr(samples, "to_host", lambda v: copies.append(1) or to_host(v))
     student = small.share()
     student.remove(2)
     rows = tokens.repeat(2, 1)
@@ -297,62 +290,3 @@ def test_one_host_sync_a_batch(small, tokens, metric, monkeypatch):
     assert many[1] - few[1] == 4  # the one copy of each batch
     # On the CPU the copy itself is none that the dispatcher sees; positions are drawn on the host, before.
     assert many[0] - few[0] == (PER_ROW * 8 if metric in ("taylor", "nll", "kl") else 0)
-
-
-def test_two_processes_rank_as_one(tmp_path, tiny, tokens):
-    """Two gloo processes under torchrun's variables give the scores of one process."""
-    ways = {"block_influence": {}, "nll": {"positions": 7}, "kl": {"race": True}}
-    code = textwrap.dedent(
-        """
-        import json, os, sys, torch
-        torch.set_num_threads(1)
-        from transformers import LlamaForCausalLM
-        from ildlab.importance.dispatch import measure
-        from ildlab.model.stack import LayerStack
-        folder, ways = sys.argv[1], json.loads(sys.argv[2])
-        stack = LayerStack(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False))
-        tokens = torch.load(folder + "/tokens.pt")
-        out = {m: measure(stack, tokens, m, stack, batch_size=2, **o).to_dict() for m, o in ways.items()}
-        json.dump(out, open(f"{folder}/scores-{os.environ['RANK']}.json", "w"))
-        """
-    )
-    model = tiny(5)
-    model.save_pretrained(tmp_path)
-    torch.save(tokens, tmp_path / "tokens.pt")
-    script = tmp_path / "job.py"
-    script.write_text(code)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranked = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path, json.dumps(ways)],
-            env={**ranked, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
-        for rank in (0, 1)
-    ]
-    stack = LayerStack(model)
-    one = {m: measure(stack, tokens, m, stack, batch_size=2, **o) for m, o in ways.items()}
-    for job in jobs:
-        _, errors = job.communicate(timeout=120)
-        assert job.returncode == 0, errors.decode()[-3000:]
-    first, second = (
-        {m: LayerScores.from_dict(v) for m, v in json.loads((tmp_path / f"scores-{rank}.json").read_text()).items()}
-        for rank in (0, 1)
-    )
-    for metric in ("block_influence", "nll"):
-        np.testing.assert_allclose(first[metric].per_sequence, one[metric].per_sequence, rtol=1e-5, atol=1e-6)
-        assert first[metric].ranking == one[metric].ranking == second[metric].ranking
-        assert first[metric].details["ranks"] == 2 and one[metric].details["ranks"] == 1
-    np.testing.assert_array_equal(first["kl"].per_sequence, second["kl"].per_sequence)
-    assert first["kl"].least_important == one["kl"].least_important

@@ -31,7 +31,6 @@ class Running:
     fingerprint: str = "running"
     swept: bool = False
     examples: tuple[int, int] = (9, 4)
-    fickle: bool = False  # scores fewer examples of a pruned model
 
     def take(self, limit):
         return replace(self, examples=tuple(min(limit, n) for n in self.examples))
@@ -40,7 +39,6 @@ class Running:
         yield Progress(0, 1, "running")
         tasks = {}
         for number, (name, n) in enumerate(zip(("long", "short"), self.examples)):
-            n -= self.fickle and len(stack) < 4
             ids = torch.arange(n + 1)[None] * 131 + 17 + number
             p = stack.model(ids).logits[0, :-1].softmax(-1)
             values = p.gather(1, ids[0, 1:, None])[:, 0].double().tolist()
@@ -79,15 +77,6 @@ def test_a_suite_that_cannot_be_swept_is_evaluated_without_each_layer(stack, tea
     partial = [p.partial for p in seen if isinstance(p.partial, LayerScores)]
     assert partial[0].finalists == [0] and "s to go" in next(p.note for p in seen if p.partial is partial[0])
     assert len(measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer, limit=3).weights) == 6
-
-
-def test_other_examples_are_compared_task_by_task(stack, teacher):
-    suite = Running(fickle=True)
-    scores = measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
-    with stack.without(2):
-        pruned = result_of(suite, stack)
-    assert scores.source == "suite running, 2 tasks"
-    assert scores.table.score[2] == pytest.approx(result_of(suite, stack).aggregate - pruned.aggregate, abs=1e-9)
 
 
 def test_a_sweep_says_that_it_is_one_and_what_it_costs(stack, teacher):

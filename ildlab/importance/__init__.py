@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "scores": ["LayerScores"],
         "dispatch": ["measure", "measure_steps"],
         "config": ["MeasureConfig", "options_of"],
-        "agreement": ["Comparison", "rank_agreement"],
+        "agreement": ["rank_agreement"],
         "hidden_states": ["block_distances", "drift", "logit_lens", "redundancy", "token_drift"],
     },
 )

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ildlab.importance.batches import SmallerOnOOM, rounds, world
 from ildlab.importance.config import MeasureConfig
 from ildlab.importance.one_pass import apart, token_mean
 from ildlab.importance.race import Race
-from ildlab.importance.samples import Collector, Positions
+from ildlab.importance.samples import Collector, Positions, SmallerOnOOM, rounds
 from ildlab.importance.scores import LayerScores
 from ildlab.importance.sweep import branches, climb, rows_at_once
 from ildlab.model.capture import Trunk
@@ -24,6 +23,51 @@ from ildlab.model.shared import shared_prefix
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
 from ildlab.text.rows import Rows
+
+FIRST = 2  # sequences of a race's first batch, on which the prior drops the hopeless
+
+
+def ablation_steps(
+    student: LayerStack, rows: Rows, config: MeasureConfig, teacher: LayerStack | None = None
+) -> Work[LayerScores]:
+    """Sweep all layers, or race them; `MeasureConfig` documents the options.
+
+    In a race, Block Influence of the first small batch's tokens is the prior: a layer that both rate far above the
+    others is dropped at once. It also ends when the text runs out.
+    """
+    total, depth = len(rows.tokens), len(student)
+    places = Positions.sample(rows, config.positions, config.seed, predict=config.metric == "nll")
+    job = _Job(student, teacher, rows, config, places)
+    group = config.batch_size
+    if not config.race:  # a race would decide too late
+        one = rows.tokens.shape[1] * student.hidden_size * student.model.dtype.itemsize * (depth + 1)
+        group = rows_at_once(student, total, group, one, config.max_branch_bytes)
+    run = SmallerOnOOM(job, group)
+    race = Race(student.layer_ids, config.confidence, config.tie)
+    collected = Collector(config, rows.source, student.layer_ids, total)
+    details = collected.details
+    details |= {"notes": run.notes, "dropped": race.dropped}
+    job.want_prior, whole = config.race, 0.0
+    for picked in rounds(total, group, FIRST if config.race else None):
+        values, alive = run(picked), len(job.alive)
+        weights = values[:, alive + 1]
+        collected.add(picked, job.alive, values[:, :alive], weights)
+        whole += float(values[:, alive] @ weights)
+        details |= {"layer_passes": job.passes, "whole": whole / float(collected.weights.sum())}
+        note = run.notes[-1] if run.notes else ""
+        if config.race:
+            prior = values[:, alive + 2 :].mean(0) if job.want_prior else None  # [n, L] -> [L]
+            race.look(*collected.seen(job.alive), prior=prior)
+            job.alive, job.want_prior = race.alive, False
+            details["stopped"] = race.stopped
+            note = note or f"{len(job.alive)} of {depth} layers left"
+            if race.over:
+                break
+        if collected.count < total:
+            yield Progress(collected.count, total, note, collected.scores() if collected.count > 1 else None)
+    scores = collected.scores()
+    yield Progress(total, total, details.get("stopped", ""), scores)
+    return scores
 
 
 class _Job:
@@ -39,7 +83,7 @@ class _Job:
         self.student, self.teacher, self.rows, self.config, self.places = student, teacher, rows, config, places
         self.alive = student.layer_ids
         self.want_prior = False
-        self.passes = self.heads = 0  # layer passes; heads: how often a batch's positions were scored
+        self.passes = 0  # of a layer, for a batch
         # Up to where teacher and student are one: one pass serves both.
         self.prefix = shared_prefix(student, teacher) if config.metric == "kl" else 0
 
@@ -52,7 +96,7 @@ class _Job:
         parts = [picked[i : i + size] for i in range(0, len(picked), size)]
         trunks = [self.student.trunk(self.rows.batch(part)) for part in parts]
         places = [self.places.batch(part, self.student.device) for part in parts]
-        view = _TrunkView(trunks, whole=nll, prefix=self.prefix, prior=self.want_prior)
+        view = _TrunkView(trunks, self.prefix, self.want_prior)
         damage: list[list[Tensor]] = [[] for _ in parts]  # [b][i]: at each scored position, [B * P]
         reference: list[Tensor] = []  # the teacher's h[L] at the scored positions of each batch, [B * P, d]
         waves = branches(
@@ -76,24 +120,21 @@ class _Job:
                     damage[b] += branch_nll(self.student, states[b], place.targets)
                 else:
                     damage[b] += branch_kl(self.student, states[b], self.teacher, reference[b])
-                self.heads += len(states[b])
-        tables = [self._columns(b, torch.stack(damage[b]), place, view) for b, place in enumerate(places)]
-        return torch.cat(tables)  # [B, A + 2 (+ L)] a batch -> [n, A + 2 (+ L)]
-
-    def _columns(self, b: int, damage: Tensor, place: Positions, view: _TrunkView) -> Tensor:
-        """Rows of the job's result from the damage [A, B * P] of batch b."""
-        whole = torch.zeros_like(damage[0])  # [B * P]
-        if self.config.metric == "nll":
-            whole = branch_nll(self.student, [place.take(view.final[b])], place.targets)[0]
-            self.heads += 1
-            damage = damage - whole
-        means = [place.mean(row) for row in (*damage, whole)]  # A + 1 of [B * P] -> [B]
-        return torch.stack([*means, place.weights, *view.influence[b]], 1)  # [B, A + 2 (+ L)]
+        tables = []
+        for b, place in enumerate(places):
+            lost = torch.stack(damage[b])  # [A, B * P]
+            whole = torch.zeros_like(lost[0])  # [B * P]
+            if nll:
+                whole = branch_nll(self.student, [place.take(view.hidden[b])], place.targets)[0]
+                lost = lost - whole
+            means = [place.mean(row) for row in (*lost, whole)]  # A + 1 of [B * P] -> [B]
+            tables.append(torch.stack([*means, place.weights, *view.influence[b]], 1))  # [B, A + 2 (+ L)]
+        return torch.cat(tables)  # [n, A + 2 (+ L)]
 
     def _teacher_final(self, parts: list[np.ndarray], at_prefix: dict[int, Tensor]) -> list[Tensor]:
         """The teacher's h[L] [B, T, d] of each batch, from where the trunk already carried it."""
-        start = self.prefix if at_prefix else 0
         hidden = [at_prefix[b] for b in range(len(parts))] if at_prefix else None
+        start = self.prefix if at_prefix else 0
         if start == len(self.teacher):
             return hidden
         trunks = [self.teacher.trunk(self.rows.batch(part)) for part in parts]
@@ -105,67 +146,16 @@ class _Job:
 class _TrunkView:
     """Keeps what an ablation needs of the trunk's hidden states as they come by."""
 
-    def __init__(self, trunks: Sequence[Trunk], *, whole: bool, prefix: int, prior: bool):
-        self.trunks, self.whole, self.prefix, self.prior = trunks, whole, prefix, prior
-        self.top = len(trunks[0].calls)
-        self.before: dict[int, Tensor] = {}  # [B, T, d]
+    def __init__(self, trunks: Sequence[Trunk], prefix: int, want_prior: bool):
+        self.trunks, self.prefix, self.want_prior = trunks, prefix, want_prior
+        self.hidden: dict[int, Tensor] = {}  # the last one seen of each batch, [B, T, d]
         self.at_prefix: dict[int, Tensor] = {}  # h[prefix], which is the teacher's too
-        self.final: dict[int, Tensor] = {}  # h[L] of the whole student
         self.influence: list[list[Tensor]] = [[] for _ in trunks]  # [b][layer]: [B]
 
     def __call__(self, q: int, b: int, hidden: Tensor) -> None:
-        if self.prior:
-            if q:
-                turned = apart(self.before[b], hidden, "block_influence")  # [B, T, d] -> [B, T]
-                self.influence[b].append(token_mean(turned, self.trunks[b].attention_mask))
-            self.before[b] = hidden
-        if self.whole and q == self.top:
-            self.final[b] = hidden
-        elif q == self.prefix and q:
+        if self.want_prior and q:
+            turned = apart(self.hidden[b], hidden, "block_influence")  # [B, T, d] -> [B, T]
+            self.influence[b].append(token_mean(turned, self.trunks[b].attention_mask))
+        self.hidden[b] = hidden
+        if q == self.prefix and q:
             self.at_prefix[b] = hidden
-
-
-def ablation_steps(
-    student: LayerStack, rows: Rows, config: MeasureConfig, teacher: LayerStack | None = None
-) -> Work[LayerScores]:
-    """Sweep all layers, or race them; `MeasureConfig` documents the options.
-
-    In a race, Block Influence of the first small batch's tokens is the prior: a layer that both rate far above the
-    others is dropped at once. It also ends when the text runs out.
-    """
-    total, depth = len(rows.tokens), len(student)
-    places = Positions.sample(rows, config.positions, config.seed, predict=config.metric == "nll")
-    job = _Job(student, teacher, rows, config, places)
-    group = config.batch_size
-    if not config.race:  # a race would decide too late
-        one = rows.tokens.shape[1] * student.hidden_size * student.model.dtype.itemsize * (depth + 1)
-        group = rows_at_once(student, total, group, one, config.max_branch_bytes)
-    run = SmallerOnOOM(job, group)
-    race = Race(student.layer_ids, config.confidence, config.tie)
-    collected = Collector(config, rows.source, student.layer_ids, total)
-    details = collected.details
-    details |= {"ranks": world()[1], "notes": run.notes, "dropped": race.dropped}
-    if config.race:
-        details["stopped"], job.want_prior = race.stopped, True
-    whole = 0.0
-    for picked, values in rounds(total, group, run, first=config.first if config.race else None):
-        alive = len(job.alive)
-        weights = values[:, alive + 1]
-        collected.add(picked, job.alive, values[:, :alive], weights)
-        whole += float(values[:, alive] @ weights)
-        details |= {"layer_passes": job.passes, "heads": job.heads}
-        details["whole"] = whole / float(collected.weights.sum())
-        note = run.notes[-1] if run.notes else ""
-        if config.race:
-            prior = values[:, alive + 2 :].mean(0) if job.want_prior else None  # [n, L] -> [L]
-            race.look(*collected.seen(job.alive), prior=prior)
-            job.alive, job.want_prior = race.alive, False
-            note = note or f"{len(job.alive)} of {depth} layers left"
-            if race.over:
-                details["stopped"] = race.stopped
-                break
-        if collected.count < total:
-            yield Progress(collected.count, total, note, collected.scores() if collected.count > 1 else None)
-    scores = collected.scores()
-    yield Progress(total, total, details.get("stopped", ""), scores)
-    return scores

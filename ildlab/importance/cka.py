@@ -14,42 +14,32 @@ TOKENS = 256  # in one Gram matrix
 
 
 class Cka:
-    """Sums of HSIC so far, of k states with m others."""
+    """Sums so far of the HSIC of every two of k states."""
 
     def __init__(self):
-        self.cross = self.mine = self.theirs = 0.0
+        self.hsic: Tensor | float = 0.0  # [k, k]
         self.order = torch.Generator().manual_seed(0)
 
-    def add(self, mine: Tensor, theirs: Tensor) -> None:
-        """Take states [k, tokens, d] and [m, tokens, d]; tokens of a batch are shuffled into minibatches."""
-        count = mine.shape[1]
-        order = torch.randperm(count, generator=self.order).to(mine.device)
-        for part in order.tensor_split(max(1, -(-count // TOKENS))):
-            if len(part) < 4:
-                continue
-            a, b = self._gram(mine[:, part]), self._gram(theirs[:, part])
-            self.cross = self.cross + self._hsic(a, b)
-            self.mine = self.mine + torch.stack([self._hsic(g[None], g[None])[0, 0] for g in a])
-            self.theirs = self.theirs + torch.stack([self._hsic(g[None], g[None])[0, 0] for g in b])
-
-    @staticmethod
-    def _gram(states: Tensor) -> Tensor:
+    def add(self, states: Tensor) -> None:
+        """Take states [k, tokens, d]; tokens of a batch are shuffled into minibatches."""
         states = in_fp64(states)
-        gram = states @ states.mT  # [k, tokens, d] -> [k, tokens, tokens]
-        gram.diagonal(dim1=-2, dim2=-1).zero_()
-        return gram
-
-    @staticmethod
-    def _hsic(a: Tensor, b: Tensor) -> Tensor:
-        """Unbiased HSIC [k, m] of Gram matrices without diagonals (Song et al. 2012, eq. 5)."""
-        n = a.shape[-1]
-        row_a, row_b = a.sum(-1), b.sum(-1)
-        trace = a.flatten(1) @ b.flatten(1).T  # [k, n * n] @ [n * n, m] -> [k, m]
-        both = row_a.sum(-1)[:, None] * row_b.sum(-1) / ((n - 1) * (n - 2))
-        return (trace + both - 2 / (n - 2) * row_a @ row_b.T) / (n * (n - 3))
+        self.hsic = self.hsic + states.new_zeros(len(states), len(states))
+        order = torch.randperm(states.shape[1], generator=self.order).to(states.device)
+        for part in order.tensor_split(max(1, -(-len(order) // TOKENS))):
+            if len(part) >= 4:  # the unbiased HSIC of fewer does not exist
+                self.hsic += _hsic(states[:, part])
 
     def matrix(self) -> Tensor:
-        """CKA [k, m] so far."""
-        if isinstance(self.cross, float):
-            return torch.tensor([[torch.nan]])
-        return self.cross / torch.sqrt(self.mine[:, None] * self.theirs)
+        """CKA [k, k] so far; NaN before there were enough tokens."""
+        own = self.hsic.diagonal()
+        return self.hsic / torch.sqrt(own[:, None] * own)
+
+
+def _hsic(states: Tensor) -> Tensor:
+    """Unbiased HSIC [k, k] of every two of the states [k, n, d] (Song et al. 2012, eq. 5)."""
+    n = states.shape[1]
+    gram = states @ states.mT  # [k, n, d] -> [k, n, n]
+    gram.diagonal(dim1=-2, dim2=-1).zero_()
+    row, flat = gram.sum(-1), gram.flatten(1)  # [k, n], [k, n * n]
+    both = row.sum(-1)[:, None] * row.sum(-1) / ((n - 1) * (n - 2))
+    return (flat @ flat.T + both - 2 / (n - 2) * row @ row.T) / (n * (n - 3))

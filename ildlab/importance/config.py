@@ -1,4 +1,4 @@
-"""What a measurement takes: the metrics, `MeasureConfig` with all of their options, and which metric has which."""
+"""What a measurement takes: the metrics, and `MeasureConfig` with all of their options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ Metric = Literal[
     "block_influence", "angular_distance", "mse", "relative_l2", "lrp", "magnitude", "taylor", "nll", "kl", "task"
 ]
 METRICS: tuple[str, ...] = get_args(Metric)
-PAIRWISE = METRICS[:4]  # those that compare a layer's output with its input
 ONE_PASS = METRICS[:7]
 ABLATION = METRICS[7:9]
 TIES = {"nll": 0.02, "kl": 0.02, "task": 0.005}
@@ -49,12 +48,6 @@ class MeasureConfig:
     tie : float, optional
         nll, kl, task: what may be lost by picking one of two layers so near to each other, at which a race ends (the
         indifference zone of Bechhofer 1954). By default 0.02 nats per token, and 0.005 of a suite's aggregate.
-    first : int
-        nll, kl: sequences of a race's small first batch.
-    tokens : {"all", "last"}
-        The four metrics of a layer's input and output: every valid token, or only the last of each sequence.
-    epsilon : float
-        lrp: of the epsilon rule.
     max_branch_bytes : int
         Memory that the branches' hidden states may take; more of them go in waves. With offloaded layers as many
         sequences as fit go through each layer while it is loaded.
@@ -76,10 +69,7 @@ class MeasureConfig:
     seed: int = 0
     confidence: float = 0.95
     tie: float | None = _option(None, *ABLATION, "task")
-    first: int = _option(2, *ABLATION)
-    tokens: Literal["all", "last"] = _option("all", *PAIRWISE)
-    epsilon: float = _option(1e-6, "lrp")
-    max_branch_bytes: int = _option(2 * 2**30, *ONE_PASS, *ABLATION, "task")
+    max_branch_bytes: int = 2 * 2**30
     suite: Any = _option(None, "task")
     limit: int | None = _option(None, "task")
 
@@ -89,12 +79,12 @@ class MeasureConfig:
         for each in fields(self):
             # What says "as always" (race=False, positions=None) any metric can be given.
             if each.name not in {*known, "metric"} and getattr(self, each.name) != each.default:
-                raise MeasureError(_no_option(self.metric, each.name))
-        for name in ("positions", "batch_size", "first", "max_branch_bytes", "limit"):
+                raise _no_option(self.metric, each.name)
+        for name in ("positions", "batch_size", "max_branch_bytes", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MeasureError(f"{name}={value}: it must be at least 1.")
-        for name in ("seed", "tie", "epsilon"):
+        for name in ("seed", "tie"):
             if (getattr(self, name) or 0) < 0:
                 raise MeasureError(f"{name}={getattr(self, name)}: it must not be negative.")
         if not 0.5 <= self.confidence < 1:
@@ -108,34 +98,20 @@ class MeasureConfig:
 
 
 def options_of(metric: str) -> set[str]:
-    """Names of the options that `measure` takes for a metric.
-
-    Raises
-    ------
-    MeasureError
-        There is no such metric.
-    """
+    """Names of the options that `measure` takes for a metric; MeasureError where there is no such metric."""
     if metric not in METRICS:
         raise MeasureError(f"There is no metric {metric!r}. Choose one of: {', '.join(METRICS)}.")
-    return {
-        f.name for f in fields(MeasureConfig) if f.name != "metric" and metric in f.metadata.get("metrics", METRICS)
-    }
+    return {f.name for f in fields(MeasureConfig) if metric in f.metadata.get("metrics", METRICS)} - {"metric"}
 
 
 def check_options(metric: str, options: dict[str, Any]) -> MeasureConfig:
-    """The config of a metric with these options.
-
-    Raises
-    ------
-    MeasureError
-        There is no such metric, the metric has no such option, or the option no such value.
-    """
-    options_of(metric)
-    unknown = sorted(set(options) - {f.name for f in fields(MeasureConfig) if f.name != "metric"})
-    if unknown:
-        raise MeasureError(_no_option(metric, unknown[0]))
+    """The config of a metric with these options; MeasureError as `MeasureConfig`."""
+    for name in sorted(set(options) - {f.name for f in fields(MeasureConfig)[1:]}):
+        raise _no_option(metric, name)
     return MeasureConfig(metric=metric, **options)
 
 
-def _no_option(metric: str, name: str) -> str:
-    return f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(options_of(metric)))}."
+def _no_option(metric: str, name: str) -> MeasureError:
+    return MeasureError(
+        f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(options_of(metric)))}."
+    )

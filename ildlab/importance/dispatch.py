@@ -26,10 +26,7 @@ def measure_steps(
 ) -> Work[LayerScores]:
     """Score every layer of the student, step by step; `measure` says what the arguments are.
 
-    Yields
-    ------
-    Progress
-        `partial` is the `LayerScores` so far. Close it at any time: the student is untouched.
+    `Progress.partial` is the `LayerScores` so far. Close it at any time: the student is untouched.
     """
     config = check_options(metric, options)
     if metric == "task":
@@ -68,17 +65,15 @@ def measure(
 
     Parameters
     ----------
-    student : LayerStack
     blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
         Tokens to score on; each row is one sequence. "magnitude" and "task" read none.
-    metric : str
     teacher : LayerStack, optional
         For "kl".
     tokenizer : optional
         For "task": the student's.
     show : bool, optional
         Draw a progress bar (see `ildlab.progress.drive`).
-    **options
+    metric, **options
         `MeasureConfig` has them all: race, positions, batch_size, seed, confidence, suite, ...
 
     Raises

@@ -1,16 +1,14 @@
 """How alike hidden states are across layers (redundancy) and across models (drift); the logit lens.
 
-All of it streams: one batch's hidden states are in memory at a time, and sums are kept in fp64 where
-the device has it. Hidden state h[l] is the *input* of layer l and bears its layer id; "out" is h[L],
-the last layer's output before the final norm.
-
-The first token of a sequence often has a huge, constant hidden state (an attention sink with massive
-activations, Sun et al. 2024, arXiv 2402.17762). It is shown by default; `skip_first=True` leaves it out.
+One batch's hidden states are in memory at a time, and sums are in fp64 where the device has it. h[l] is the *input* of
+layer l and bears its layer id; "out" is h[L], the last layer's output before the final norm. The first token of a
+sequence often has a huge, constant hidden state (an attention sink with massive activations, Sun et al. 2024,
+arXiv 2402.17762): `skip_first=True` leaves it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ from torch import Tensor
 from ildlab.errors import MeasureError
 from ildlab.importance.cka import Cka
 from ildlab.importance.one_pass import apart, token_mean
-from ildlab.importance.sweep import climb
+from ildlab.importance.samples import rounds
 from ildlab.model.head import in_fp64, log_probabilities
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work, drive
@@ -42,25 +40,19 @@ def redundancy(
     batch_size: int = 4,
     show: bool | None = None,
 ) -> pd.DataFrame:
-    """Likeness (or distance) of every two hidden states h[i], h[j], [L+1, L+1].
+    """Likeness (or distance) of every two hidden states h[i], h[j].
 
     Parameters
     ----------
     blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
     kind : {"cosine", "angular", "cka"}
-        Mean over tokens of the cosine of h[i] and h[j]; or of the angle between them over pi
-        (a distance); or linear CKA (`ildlab.importance.cka`).
+        Mean over tokens of the cosine of h[i] and h[j], or of the angle between them over pi (a distance); linear CKA.
     skip_first : bool
         Leave out the first valid token of each sequence.
 
     Returns
     -------
-    DataFrame, indexed both ways by layer id and, last, "out"
-
-    Raises
-    ------
-    MeasureError
-        Unknown kind, or hidden states that are not finite.
+    DataFrame [L+1, L+1], indexed both ways by layer id and, last, "out". MeasureError where it is not finite.
     """
     _check(kind, ("cosine", "angular", "cka"))
     work = _redundancy_steps(model, Rows.of(blocks), kind, skip_first, batch_size)
@@ -68,17 +60,14 @@ def redundancy(
 
 
 def block_distances(model: LayerStack, blocks: Any, **options: Any) -> pd.DataFrame:
-    """Angular distance across every block of n consecutive layers: a triangle [n, start].
+    """Angular distance across every block of n consecutive layers; options are those of `redundancy`.
 
-    Gromov et al. 2024 (arXiv 2403.17887), eq. 7-8, as a mean over tokens: the distance between the
-    input of layer `start` and the output of the n-th layer from it. The least of a row is the block
-    of n layers to drop. Options are those of `redundancy`.
+    Gromov et al. 2024 (arXiv 2403.17887), eq. 7-8, as a mean over tokens: from the input of layer `start` to the output
+    of the n-th layer from it. The least of a row is the block of n layers to drop.
 
     Returns
     -------
-    DataFrame [L, L]
-        Indexed by n = 1..L, columns by the layer id of the block's first layer; NaN where the stack
-        ends first.
+    DataFrame [L, L], indexed by n = 1..L, columns by the layer id `start`; NaN where the stack ends first
     """
     matrix, depth = redundancy(model, blocks, "angular", **options).to_numpy(), len(model)
     triangle = np.full((depth, depth), np.nan)
@@ -100,47 +89,33 @@ def drift(
 ) -> pd.DataFrame:
     """How far the student's hidden states are from the teacher's at the same layer id.
 
-    Parameters
-    ----------
-    student, teacher : LayerStack
-        The student's layer ids are among the teacher's.
-    kind : {"cosine", "relative_l2", "cka"}
-        Mean over tokens of 1 - cosine, or of |student - teacher| / |teacher|; or 1 - CKA.
-    skip_first : bool
-        Leave out the first valid token of each sequence.
+    Parameters are those of `redundancy`, but for `kind`, {"cosine", "relative_l2"}: mean over tokens of 1 - cosine, or
+    of |student - teacher| / |teacher|. The student's layer ids are among the teacher's.
 
     Returns
     -------
     DataFrame, indexed by the student's layer ids and "out"
-        `drift`, `ci_low`, `ci_high` (95% bootstrap over sequences; NaN for CKA and for one sequence)
-        and `n` (sequences). 0 everywhere below the first change.
+        `drift`, `ci_low`, `ci_high` (95% bootstrap over sequences; NaN for one) and `n` (sequences). 0 everywhere
+        below the first change.
     """
-    _check(kind, ("cosine", "relative_l2", "cka"))
+    _check(kind, AS)
     _check_pair(student, teacher)
     work = _drift_steps(student, teacher, Rows.of(blocks), kind, skip_first, batch_size)
     return drive(work, desc=f"drift ({kind})", show=show)
 
 
 @torch.no_grad()
-def token_drift(
-    student: LayerStack, teacher: LayerStack, text: Any, tokenizer: Any = None, kind: str = "cosine"
-) -> pd.DataFrame:
-    """Drift of every token of one text, by layer.
-
-    Parameters
-    ----------
-    text : str (with a tokenizer) or int Tensor [T]
-    kind : {"cosine", "relative_l2"}
+def token_drift(student: LayerStack, teacher: LayerStack, text: Any, tokenizer: Any = None) -> pd.DataFrame:
+    """1 - cosine at every token of one text, a str (with a tokenizer) or int Tensor [T]; see `drift`.
 
     Returns
     -------
     DataFrame [layers + 1, T]
         Indexed by layer id and "out"; columns are positions; `.attrs["tokens"]` holds their texts.
     """
-    _check(kind, ("cosine", "relative_l2"))
     _check_pair(student, teacher)
     ids, words = _encode(text, tokenizer)
-    rows = [apart(theirs, mine, AS[kind])[0] for mine, theirs in _pairs(student, teacher, ids)]  # [1, T] -> [T]
+    rows = [apart(theirs, mine, AS["cosine"])[0] for mine, theirs in _pairs(student, teacher, ids)]  # [1, T] -> [T]
     table = pd.DataFrame(torch.stack(rows).cpu().numpy(), index=_labels(student))
     table.columns.name = "position"
     table.attrs["tokens"] = words
@@ -151,30 +126,28 @@ def token_drift(
 def logit_lens(
     model: LayerStack, text: Any, tokenizer: Any, *, teacher: LayerStack | None = None, top: int = 5
 ) -> pd.DataFrame:
-    """What each hidden state would predict if the model ended there: the logit lens.
+    """What each hidden state would predict if the model ended there, through its own final norm and head.
 
-    nostalgebraist 2020, "interpreting GPT: the logit lens". Each h[l] goes through the model's own
-    final norm and head.
+    nostalgebraist 2020, "interpreting GPT: the logit lens".
 
     Parameters
     ----------
     text : str or int Tensor [T]
     teacher : LayerStack, optional
-        Adds its rows, marked in the column `model`.
+        Adds its rows.
     top : int
         Tokens to keep, most likely first.
 
     Returns
     -------
     DataFrame, one row for each model, layer and position
-        `model` ("student" or "teacher"), `layer` (layer id or "out"), `position`, `token`, `top`
-        (list of str), `probability` (list of float), `entropy` (nats), `target_probability` (of the
-        token that follows; NaN at the last position).
+        `model` ("student" or "teacher"), `layer` (layer id or "out"), `position`, `token`, `top` (list of str),
+        `probability` (list of float), `entropy` (nats), `target_probability` (of the token that follows; else NaN).
     """
     ids, words = _encode(text, tokenizer)
     tables = []
     for who, stack in {"student": model, "teacher": teacher}.items():
-        for layer, hidden in zip(_labels(stack), _walk(stack, ids), strict=True) if stack is not None else ():
+        for layer, hidden in zip(_labels(stack), stack.walk(ids), strict=True) if stack is not None else ():
             log_p = log_probabilities(stack.logits(hidden[0]))  # [1, T, d] -> [T, V]
             best = log_p.topk(top, -1)  # [T, top]
             following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp()  # [T - 1]
@@ -192,10 +165,7 @@ def logit_lens(
     return pd.concat(tables, ignore_index=True)
 
 
-# ------------------------------------------------------------------ streaming
-
-
-def _check(kind: str, kinds: tuple[str, ...]) -> None:
+def _check(kind: str, kinds: Iterable[str]) -> None:
     if kind not in kinds:
         raise MeasureError(f"There is no kind {kind!r} here. Choose one of: {', '.join(kinds)}.")
 
@@ -203,10 +173,10 @@ def _check(kind: str, kinds: tuple[str, ...]) -> None:
 def _check_pair(student: LayerStack, teacher: LayerStack) -> None:
     alien = [i for i in student.layer_ids if i not in teacher.layer_ids]
     if alien or student.hidden_size != teacher.hidden_size:
-        raise MeasureError(
-            f"Student and teacher do not belong together: width {student.hidden_size} and {teacher.hidden_size}; "
-            f"layers that the teacher lacks: {alien or 'none'}."
+        widths = (
+            f"width {student.hidden_size} and {teacher.hidden_size}; layers that the teacher lacks: {alien or 'none'}"
         )
+        raise MeasureError(f"Student and teacher do not belong together: {widths}.")
 
 
 def _labels(stack: LayerStack) -> pd.Index:
@@ -226,27 +196,18 @@ def _encode(text: Any, tokenizer: Any) -> tuple[Tensor, list[str]]:
     return ids, [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids[0].tolist()]
 
 
-@torch.no_grad()
-def _walk(stack: LayerStack, batch: Any) -> Iterator[Tensor]:
-    """h[0], h[1], ..., h[L] [B, T, d], loading offloaded layers once."""
-    trunk = stack.trunk(batch)
-    yield trunk.h0
-    for (hidden,) in climb(stack, [trunk]):
-        yield hidden
-
-
 def _pairs(student: LayerStack, teacher: LayerStack, batch: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """The student's hidden states [B, T, d] and the teacher's at the same layer id, walking both together."""
-    theirs = zip(_labels(teacher), _walk(teacher, batch), strict=True)
-    for label, mine in zip(_labels(student), _walk(student, batch), strict=True):
+    theirs = zip(_labels(teacher), teacher.walk(batch), strict=True)
+    for label, mine in zip(_labels(student), student.walk(batch), strict=True):
         yield mine, next(hidden for at, hidden in theirs if at == label)
 
 
 def _batches(rows: Rows, batch_size: int, skip_first: bool) -> Iterator[tuple[np.ndarray, Any, Tensor]]:
     """Batch by batch: its rows, what a stack takes, and which of its tokens count [B, T]."""
-    for start in range(0, len(rows.tokens), batch_size):
-        picked = np.arange(start, min(start + batch_size, len(rows.tokens)))
-        valid = rows.mask[picked] if rows.mask is not None else torch.ones_like(rows.tokens[picked], dtype=torch.bool)
+    mask = torch.ones_like(rows.tokens, dtype=torch.bool) if rows.mask is None else rows.mask
+    for picked in rounds(len(rows.tokens), batch_size):
+        valid = mask[picked]
         yield picked, rows.batch(picked), valid & (valid.cumsum(1) > 1) if skip_first else valid
 
 
@@ -257,9 +218,9 @@ def _redundancy_steps(
     cka, above, count = Cka(), 0.0, 0
     for picked, batch, valid in _batches(rows, batch_size, skip_first):
         valid = valid.to(model.device)
-        states = torch.stack([h[valid] for h in _walk(model, batch)])  # [L+1, tokens, d] of this batch alone
+        states = torch.stack([h[valid] for h in model.walk(batch)])  # [L+1, tokens, d] of this batch alone
         if kind == "cka":
-            cka.add(states, states)
+            cka.add(states)
         else:
             for part in states.split(TOKENS, dim=1):
                 u = in_fp64(part).transpose(0, 1)  # [tokens, L+1, d]
@@ -280,33 +241,23 @@ def _drift_steps(
     student: LayerStack, teacher: LayerStack, rows: Rows, kind: str, skip_first: bool, batch_size: int
 ) -> Work[pd.DataFrame]:
     total, labels = len(rows.tokens), _labels(student)
-    values, weights = np.full((total, len(labels)), np.nan), np.ones(total)  # [N, L+1], [N]
-    cka = [Cka() for _ in labels]
+    values, weights = np.empty((total, len(labels))), np.empty(total)  # [N, L+1], [N]
     for picked, batch, valid in _batches(rows, batch_size, skip_first):
         valid = valid.to(student.device)
-        columns = []
-        for one, (mine, theirs) in zip(cka, _pairs(student, teacher, batch)):
-            if kind == "cka":
-                one.add(mine[valid][None], theirs[valid][None])  # [B, T, d] -> [1, tokens, d]
-            else:
-                columns.append(token_mean(apart(theirs, mine, AS[kind]), valid))  # [B, T, d] -> [B, T] -> [B]
-        if columns:
-            values[picked] = torch.stack(columns, 1).cpu().numpy()
-            weights[picked] = valid.sum(1).cpu().numpy()
+        pairs = _pairs(student, teacher, batch)
+        columns = [token_mean(apart(theirs, mine, AS[kind]), valid) for mine, theirs in pairs]  # L+1 of [B]
+        values[picked] = torch.stack(columns, 1).cpu().numpy()  # [B, L+1]
+        weights[picked] = valid.sum(1).cpu().numpy()
         yield Progress(picked[-1] + 1, total)
-    low = high = np.full(len(labels), np.nan)
-    score = np.array([1 - float(one.matrix()) for one in cka]) if kind == "cka" else mean(values, weights)
-    if kind != "cka" and total > 1:
-        low, high = interval(score, means(resamples(total), values, weights), total)
-    _finite(pd.DataFrame({"drift": score}, index=labels), kind)
-    return pd.DataFrame({"drift": score, "ci_low": low, "ci_high": high, "n": total}, index=labels)
+    score = mean(values, weights)
+    table = _finite(pd.DataFrame({"drift": score}, index=labels), kind)
+    low, high = interval(score, means(resamples(total), values, weights), total)
+    return table.assign(ci_low=low, ci_high=high, n=total)
 
 
 def _finite(table: pd.DataFrame, kind: str) -> pd.DataFrame:
-    bad = ~np.isfinite(table.to_numpy(float)).all(1)
-    if bad.any():
-        raise MeasureError(
-            f"{kind} is not finite at layer {table.index[bad][0]}: the hidden states overflow, a sequence has no "
-            "token left to compare, or (CKA) there are fewer than 4 tokens."
-        )
+    bad = table.index[~np.isfinite(table.to_numpy(float)).all(1)]
+    if len(bad):
+        why = "the hidden states overflow, a sequence has no token left to compare, or (CKA) there are fewer than 4"
+        raise MeasureError(f"{kind} is not finite at layer {bad[0]}: {why}.")
     return table

@@ -1,7 +1,23 @@
 """One-pass importance of every layer from its input and output hidden states, streaming.
 
-No metric here keeps more than one batch's hidden states or touches the LM head (`taylor` aside).
-Everything is accumulated in fp32 on the device; one copy to the host a batch.
+With x = h[l] and y = h[l+1] of a token (y before the final norm, also for the last layer), means over the valid tokens:
+
+- `block_influence`: 1 - cos(x, y). ShortGPT (Men et al. 2024, arXiv 2403.03853), eq. 1.
+- `angular_distance`: arccos(cos(x, y)) / pi. Gromov et al. 2024 (arXiv 2403.17887), eq. 8, who read the last token
+  alone. Blocks of n layers: `ildlab.importance.hidden_states.block_distances`.
+- `mse`: mean over the width of (y - x)^2, the second score of the method's reference code.
+- `relative_l2`: |y - x| / |x|.
+- `lrp`: sum over the inputs of |x_i sum_k w_ki |z_k| / (z_k + epsilon sign z_k)|, where z = W x + b is the query
+  projection: the epsilon rule (Bach et al. 2015; Montavon et al. 2019, eq. 10.2) with |z| as the relevance to hand
+  down, which the reference code means to compute.
+- `taylor`: -<dNLL/dy, y - x>, summed over the tokens, for a mean NLL over the scored positions: the first-order
+  increase of the loss where the layer's update is dropped (Molchanov et al. 2017, arXiv 1611.06440, for a layer's
+  residual update). Signed.
+- `magnitude`: sum of |w| over the layer's weight matrices (Li et al. 2017; "Magnitude" of Kim et al. 2024,
+  arXiv 2402.02834). Reads no text, has no interval.
+
+No more than one batch's hidden states are kept, and none but `taylor` touches the LM head. Everything is accumulated in
+fp32 on the device; one copy to the host a batch.
 """
 
 from __future__ import annotations
@@ -13,17 +29,67 @@ import torch
 from torch import Tensor, nn
 
 from ildlab.errors import MeasureError
-from ildlab.importance.batches import SmallerOnOOM, rounds, world
 from ildlab.importance.config import MeasureConfig
-from ildlab.importance.samples import Collector, Positions
+from ildlab.importance.samples import Collector, Positions, SmallerOnOOM, rounds
 from ildlab.importance.scores import LayerScores
 from ildlab.importance.sweep import climb, rows_at_once
-from ildlab.model.capture import Trunk
 from ildlab.model.head import chunk_rows, in_fp64, log_probabilities, nll_per_token
 from ildlab.model.offload import resident
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
 from ildlab.text.rows import Rows
+
+EPSILON = 1e-6  # of the epsilon rule
+QUERY = ("q_proj", "query", "wq", "q_lin", "to_q", "query_proj")
+
+
+def one_pass_steps(student: LayerStack, rows: Rows | None, config: MeasureConfig) -> Work[LayerScores]:
+    """Score all layers without an ablation; `MeasureConfig` documents the options."""
+    metric, started = config.metric, time.perf_counter()
+    if metric == "magnitude":
+        sums = _magnitude(student)
+        scores = LayerScores.exact(metric, "weights", student.layer_ids, sums, seconds=time.perf_counter() - started)
+        yield Progress(1, 1, "", scores)
+        return scores
+    if metric == "lrp":
+        _query_projections(student)  # refuse before any work
+    total, group = len(rows.tokens), config.batch_size
+    places = Positions.sample(rows, config.positions, config.seed, predict=True) if metric == "taylor" else None
+    if places is None:  # each layer's states twice, as they are and in fp32
+        one = rows.tokens.shape[1] * student.hidden_size * (student.model.dtype.itemsize + 4) * 2
+        group = rows_at_once(student, total, group, one, config.max_branch_bytes)
+    run = SmallerOnOOM(lambda picked: _values(student, rows, config, places, picked), group)
+    collected = Collector(config, rows.source, student.layer_ids, total)
+    collected.details["notes"] = run.notes
+    for picked in rounds(total, group):
+        values = run(picked)
+        collected.add(picked, student.layer_ids, values[:, :-1], values[:, -1])
+        if collected.count < total:
+            note = run.notes[-1] if run.notes else ""
+            yield Progress(collected.count, total, note, collected.scores() if collected.count > 1 else None)
+    scores = collected.scores()
+    yield Progress(total, total, "", scores)
+    return scores
+
+
+def _values(
+    student: LayerStack, rows: Rows, config: MeasureConfig, places: Positions | None, picked: np.ndarray
+) -> Tensor:
+    """Values and, last, weights (tokens scored) of some rows: [n, L + 1]."""
+    parts = [picked[i : i + config.batch_size] for i in range(0, len(picked), config.batch_size)]
+    batches = [rows.batch(part) for part in parts]
+    if places is not None:
+        mine = [places.batch(part, student.device) for part in parts]
+        values = torch.cat([_taylor(student, batch, m) for batch, m in zip(batches, mine, strict=True)])
+        weights = torch.cat([m.weights for m in mine])  # [n]
+    else:
+        values = _lrp(student, batches) if config.metric == "lrp" else _pairwise(student, batches, config.metric)
+        mask = torch.ones_like(rows.tokens) if rows.mask is None else rows.mask
+        weights = mask[torch.as_tensor(picked)].sum(1).to(values)  # [n, T] -> [n]
+    return torch.cat([values, weights[:, None]], 1)
+
+
+# ------------------------------------------- a layer's output against its input
 
 
 def unit(hidden: Tensor) -> Tensor:
@@ -66,74 +132,62 @@ def apart(before: Tensor, after: Tensor, metric: str) -> Tensor:
 
 
 @torch.no_grad()
-def _pairwise(student: LayerStack, batches: list, metric: str, tokens: str) -> Tensor:
+def _pairwise(student: LayerStack, batches: list, metric: str) -> Tensor:
     """Values [rows, L] of the metrics that compare a layer's input with its output."""
     make, compare = _PAIRWISE[metric]
     trunks = [student.trunk(batch) for batch in batches]
-    masks = [last_token(trunk) if tokens == "last" else trunk.attention_mask for trunk in trunks]
     before = [make(trunk.h0) for trunk in trunks]
     columns: list[list[Tensor]] = [[] for _ in batches]  # [b][layer]: [B]
     for hidden in climb(student, trunks):
-        for b, mask in enumerate(masks):
+        for b, trunk in enumerate(trunks):
             after = make(hidden[b])
-            columns[b].append(token_mean(compare(before[b], after), mask))
+            columns[b].append(token_mean(compare(before[b], after), trunk.attention_mask))
             before[b] = after
-    return _by_row(columns)
+    return torch.cat([torch.stack(column, 1) for column in columns])  # [b][layer] of [B] -> [rows, L]
 
 
-def _by_row(columns: list[list[Tensor]]) -> Tensor:
-    """[b][layer] of [B] -> [rows, L]."""
-    return torch.cat([torch.stack(column, 1) for column in columns])
+# --------------------------------------------------- relevance, gradient, weights
 
 
-def last_token(trunk: Trunk) -> Tensor:
-    """Mask [B, T] of the last valid token of each sequence."""
-    mask = trunk.attention_mask if trunk.attention_mask is not None else torch.ones_like(trunk.input_ids)
-    place = torch.arange(mask.shape[1], device=mask.device)
-    return place == torch.where(mask.bool(), place, -1).amax(1, keepdim=True)
-
-
-_QUERY = ("q_proj", "query", "wq", "q_lin", "to_q", "query_proj")
-
-
-def _query_projection(student: LayerStack, position: int) -> nn.Linear:
-    found = [
-        module
-        for name, module in student.layers[position].named_modules()
-        if name.rpartition(".")[2] in _QUERY and isinstance(module, nn.Linear)
-    ]
-    if len(found) != 1:
-        raise MeasureError(
-            f"The metric 'lrp' reads the query projection of each layer; layer {student.layer_ids[position]} of "
-            f"{type(student.model).__name__} has {len(found) or 'none'} of its own (queries, keys and values may be "
-            "fused into one matrix, or the layer has no attention). Choose another metric."
-        )
-    return found[0]
+def _query_projections(student: LayerStack) -> list[nn.Linear]:
+    """The query projection of each layer."""
+    projections = []
+    for layer_id, layer in zip(student.layer_ids, student.layers, strict=True):
+        named = [module for name, module in layer.named_modules() if name.rpartition(".")[2] in QUERY]
+        found = [module for module in named if isinstance(module, nn.Linear)]
+        if len(found) != 1:
+            raise MeasureError(
+                f"The metric 'lrp' reads the query projection of each layer; layer {layer_id} of "
+                f"{type(student.model).__name__} has {len(found) or 'none'} of its own (queries, keys and values may "
+                "be fused into one matrix, or the layer has no attention). Choose another metric."
+            )
+        projections += found
+    return projections
 
 
 @torch.no_grad()
-def _lrp(student: LayerStack, batches: list, epsilon: float) -> Tensor:
-    """Values [rows, L] of the epsilon-rule relevance through the query projections; layer-outer."""
+def _lrp(student: LayerStack, batches: list) -> Tensor:
+    """Values [rows, L] of the epsilon-rule relevance through the query projections."""
     trunks = [student.trunk(batch) for batch in batches]
-    hidden = [trunk.h0 for trunk in trunks]
     columns: list[list[Tensor]] = [[] for _ in batches]  # [b][layer]: [B]
-    met: list[tuple[Tensor, Tensor]] = []
-    for q, layer in enumerate(student.layers):
-        query = _query_projection(student, q)
-        hook = query.register_forward_hook(lambda module, args, out: met.append((args[0], out)))
-        try:
-            with resident(layer):
-                weight = query.weight.float()  # [k, d]
-                for b, trunk in enumerate(trunks):
-                    hidden[b] = student.run(q, hidden[b], trunk)
-                    x, z = met.pop()  # [B, T, d], [B, T, k]
-                    z = z.float()
-                    share = z / (z.abs() + epsilon)  # |z| / (z + epsilon sign z)
-                    relevance = x.float() * (share @ weight)  # [B, T, k] @ [k, d] -> [B, T, d]
-                    columns[b].append(token_mean(relevance.abs().sum(-1), trunk.attention_mask))
-        finally:
+    met: list[Tensor] = []  # of one layer, a batch each: [B, T]
+
+    def see(query: nn.Linear, args: tuple[Tensor], z: Tensor) -> None:  # z [B, T, k]
+        z = z.float()
+        share = z / (z.abs() + EPSILON)  # |z| / (z + epsilon sign z)
+        relevance = args[0].float() * (share @ query.weight.float())  # [B, T, d] * [B, T, k] @ [k, d] -> [B, T, d]
+        met.append(relevance.abs().sum(-1).to(student.device))  # -> [B, T]
+
+    hooks = [query.register_forward_hook(see) for query in _query_projections(student)]
+    try:
+        for _ in climb(student, trunks):
+            for b, trunk in enumerate(trunks):
+                columns[b].append(token_mean(met[b], trunk.attention_mask))
+            met.clear()
+    finally:
+        for hook in hooks:
             hook.remove()
-    return _by_row(columns)
+    return torch.cat([torch.stack(column, 1) for column in columns])  # [b][layer] of [B] -> [rows, L]
 
 
 @torch.enable_grad()
@@ -171,73 +225,3 @@ def _magnitude(student: LayerStack) -> list[float]:
             parts = [p.abs().sum(dtype=torch.float32) for p in layer.parameters() if p.dim() >= 2]
             sums.append(in_fp64(torch.stack(parts)).sum())
     return [float(v) for v in torch.stack(sums).cpu()]
-
-
-def one_pass_steps(student: LayerStack, rows: Rows | None, config: MeasureConfig) -> Work[LayerScores]:
-    """Score all layers without an ablation; `MeasureConfig` documents the options.
-
-    With x[t] = h[l] and y[t] = h[l+1] of token t (y before the final norm, also for the last layer),
-    means over the valid tokens:
-
-    - `block_influence`: 1 - cos(x, y). ShortGPT (Men et al. 2024, arXiv 2403.03853), eq. 1.
-    - `angular_distance`: arccos(cos(x, y)) / pi. Gromov et al. 2024 (arXiv 2403.17887), eq. 8; they
-      read the last token alone (`tokens="last"`). Blocks of n layers: `ildlab.importance.hidden_states.block_distances`.
-    - `mse`: mean over the width of (y - x)^2, the second score of the method's reference code.
-    - `relative_l2`: |y - x| / |x|.
-    - `lrp`: sum over the inputs of |x_i sum_k w_ki |z_k| / (z_k + epsilon sign z_k)|, where z = W x + b
-      is the query projection: the epsilon rule (Bach et al. 2015; Montavon et al. 2019, eq. 10.2)
-      with |z| as the relevance to hand down, which the reference code means to compute.
-    - `taylor`: -<dNLL/dy, y - x>, summed over the tokens, for a mean NLL over the scored positions:
-      the first-order increase of the loss where the layer's update is dropped (Molchanov et al. 2017,
-      arXiv 1611.06440, for a layer's residual update). Signed; one forward and one backward pass.
-    - `magnitude`: sum of |w| over the layer's weight matrices (Li et al. 2017; "Magnitude" of Kim et
-      al. 2024, arXiv 2402.02834). Reads no text, has no interval.
-    """
-    metric, started = config.metric, time.perf_counter()
-    if metric == "magnitude":
-        sums = _magnitude(student)
-        scores = LayerScores.exact(metric, "weights", student.layer_ids, sums, seconds=time.perf_counter() - started)
-        yield Progress(1, 1, "", scores)
-        return scores
-    if metric == "lrp":
-        for q in range(len(student)):
-            _query_projection(student, q)  # refuse before any work
-    total, group = len(rows.tokens), config.batch_size
-    places = Positions.sample(rows, config.positions, config.seed, predict=True) if metric == "taylor" else None
-    if places is None:  # each layer's states twice, as they are and in fp32
-        one = rows.tokens.shape[1] * student.hidden_size * (student.model.dtype.itemsize + 4) * 2
-        group = rows_at_once(student, total, group, one, config.max_branch_bytes)
-    run = SmallerOnOOM(lambda picked: _values(student, rows, config, places, picked), group)
-    collected = Collector(config, rows.source, student.layer_ids, total)
-    collected.details |= {"ranks": world()[1], "notes": run.notes}
-    for picked, values in rounds(total, group, run):
-        collected.add(picked, student.layer_ids, values[:, :-1], values[:, -1])
-        if collected.count < total:
-            note = run.notes[-1] if run.notes else ""
-            yield Progress(collected.count, total, note, collected.scores() if collected.count > 1 else None)
-    scores = collected.scores()
-    yield Progress(total, total, "", scores)
-    return scores
-
-
-def _values(
-    student: LayerStack, rows: Rows, config: MeasureConfig, places: Positions | None, picked: np.ndarray
-) -> Tensor:
-    """Values and, last, weights (tokens scored) of some rows: [n, L + 1]."""
-    parts = [picked[i : i + config.batch_size] for i in range(0, len(picked), config.batch_size)]
-    batches = [rows.batch(part) for part in parts]
-    if places is not None:
-        mine = [places.batch(part, student.device) for part in parts]
-        values = torch.cat([_taylor(student, batch, m) for batch, m in zip(batches, mine, strict=True)])
-        weights = torch.cat([m.weights for m in mine])  # [n]
-    else:
-        lrp = config.metric == "lrp"
-        values = (
-            _lrp(student, batches, config.epsilon)
-            if lrp
-            else _pairwise(student, batches, config.metric, config.tokens)
-        )
-        weights = values.new_full((len(picked),), 1 if config.tokens == "last" else rows.tokens.shape[1])
-        if config.tokens == "all" and rows.mask is not None:
-            weights = rows.mask[torch.as_tensor(picked)].sum(1).to(weights)
-    return torch.cat([values, weights[:, None]], 1)

@@ -18,26 +18,13 @@ TINY = 1e-12  # so that equal values drop nothing
 
 @dataclass
 class Race:
-    """Which layers are left, and why it ended.
+    """Which layers are left, and why it ended."""
 
-    Attributes
-    ----------
-    alive : list of int
-        Layer ids that are still scored.
-    confidence : float
-        That no look drops the best layer, for all layers together (Bonferroni).
-    tie : float
-    dropped : dict of str to int
-        Layer id to the number of observations that it was dropped on.
-    stopped : str
-        Why it ended: until it is `over`, that there was nothing more to score.
-    """
-
-    alive: list[int]
-    confidence: float
+    alive: list[int]  # layer ids that are still scored
+    confidence: float  # that no look drops the best layer, for all layers together
     tie: float
-    dropped: dict[str, int] = field(default_factory=dict)
-    stopped: str = "the text ran out"
+    dropped: dict[str, int] = field(default_factory=dict)  # layer id -> observations that it was dropped on
+    stopped: str = "the text ran out"  # why it ended
     over: bool = False
 
     def look(
@@ -48,11 +35,10 @@ class Race:
         prior: np.ndarray | None = None,
         halve: np.ndarray | None = None,
     ) -> None:
-        """Drop layers from `alive`, and say in `stopped` where the race is over.
+        """Drop each layer whose paired difference to the best so far is surely positive.
 
-        A layer goes where its paired difference to the best so far is surely positive: one-sided t, `confidence` over
-        all layers. The race is over when one layer is left, or when surely none that is left is better than the best
-        by more than `tie`.
+        The race is over when one layer is left, or when surely none that is left is better than the best by more than
+        `tie`.
 
         Parameters
         ----------
@@ -89,22 +75,15 @@ def standing(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """How far each layer lies above the best so far, and how sure that is.
 
-    The variance of few observations is a guess: it is drawn towards the layers' median, as in Smyth 2004
-    (doi 10.2202/1544-6115.1027).
-
-    Parameters
-    ----------
-    values : ndarray [n, A], n >= 2
-    weights : ndarray [n]
+    One-sided t over all layers (Bonferroni), for values [n, A], n >= 2, and weights [n]. The variance of few
+    observations is a guess: it is drawn towards the layers' median, as in Smyth 2004 (doi 10.2202/1544-6115.1027).
 
     Returns
     -------
     gap : ndarray [n, A]
         Paired differences to the best layer.
-    above : ndarray [A]
-        Their weighted means; 0 for the best.
-    bound : ndarray [A]
-        One-sided: the truth surely lies above `above - bound`.
+    above, bound : ndarray [A]
+        Their weighted means, and how far below them the truth may surely lie.
     best : int
         Column of the layer with the least mean.
     """
@@ -127,13 +106,11 @@ def _outlying(prior: np.ndarray) -> np.ndarray:
 
 
 def _worse_half(above: np.ndarray, finer: np.ndarray, gone: np.ndarray, best: int) -> np.ndarray:
-    """Which layers [A] go so that, with those gone already, no more than half are left; the best stays.
-
-    Right and wrong say little about a layer on a few examples: halves are told by the sum of two ranks.
-    """
-    spare = len(above) - (len(above) + 1) // 2 - int(gone.sum())
+    """Which layers [A] go so that, with those gone already, no more than half are left; the best stays."""
+    # Right and wrong say little about a layer on a few examples: halves are told by the sum of two ranks.
+    spare = max(0, len(above) // 2 - int(gone.sum()))
     order = np.argsort(-(ranks(above) + ranks(finer)), kind="stable")
     order = [place for place in order if place != best and not gone[place]]
     out = np.zeros(len(above), bool)
-    out[order[: max(0, spare)]] = True
+    out[order[:spare]] = True
     return out

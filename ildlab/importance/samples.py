@@ -1,40 +1,31 @@
-"""Which positions of each sequence count, and the values that come in batch by batch."""
+"""On its way to a score: which positions count, batches that fit in memory, and the values that come in from them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ildlab.errors import MeasureError
 from ildlab.importance.config import MeasureConfig
 from ildlab.importance.scores import LayerScores
+from ildlab.model.head import in_fp64
 from ildlab.text.rows import Rows
 
 
 @dataclass
 class Positions:
-    """Which positions of each sequence are scored.
+    """Which positions of each sequence are scored."""
 
-    Attributes
-    ----------
-    index : Tensor [N, P] of int64
-    valid : Tensor [N, P] of bool
-        False for filling: sequences may have fewer valid positions than others.
-    targets : Tensor [N, P] of int64
-        The token that follows each position (its own token at the last one, which then has no use).
-    weights : Tensor [B]
-        Positions scored in each sequence; of a batch alone.
-    """
-
-    index: torch.Tensor
-    valid: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor | None = None
+    index: Tensor  # [N, P] int64
+    valid: Tensor  # [N, P] bool; False for filling, since sequences may have fewer valid positions than others
+    targets: Tensor  # [N, P] int64: the token that follows each (its own at the last one, which then has no use)
+    weights: Tensor | None = None  # [B], of a batch alone: positions scored in each sequence
 
     @classmethod
     def sample(cls, rows: Rows, count: int | None, seed: int, *, predict: bool) -> Positions:
@@ -70,15 +61,70 @@ class Positions:
         index, valid, targets = (part.to(device, non_blocking=True) for part in parts)
         return Positions(index, valid, targets, valid.sum(1).float())
 
-    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+    def take(self, hidden: Tensor) -> Tensor:
         """Pick the scored positions of [B, T, d]: [B * P, d]."""
         index = self.index.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])  # [B, P] -> [B, P, d]
         return hidden.gather(1, index).flatten(0, 1)  # [B, P, d] -> [B * P, d]
 
-    def mean(self, values: torch.Tensor) -> torch.Tensor:
+    def mean(self, values: Tensor) -> Tensor:
         """Mean over the scored positions of values [B * P]: [B]."""
         values = values.view(self.valid.shape)  # [B * P] -> [B, P]
         return torch.where(self.valid, values, 0.0).sum(1) / self.weights
+
+
+def to_host(values: Tensor) -> np.ndarray:
+    """Copy statistics to the host: the only place where a metric waits for the device."""
+    return in_fp64(values.detach()).cpu().numpy()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in main memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return memory or (isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
+
+
+class SmallerOnOOM:
+    """Run a job, row indices [n] -> Tensor [n, columns]; on an out-of-memory error halve the batch and say so.
+
+    `batch_size` is what fits, as far as is known; `notes` has a sentence for each time that it was halved.
+    """
+
+    def __init__(self, job: Callable[[np.ndarray], Tensor], batch_size: int):
+        self.job, self.batch_size = job, batch_size
+        self.notes: list[str] = []
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Return the job's values [n, columns] (float64, on the host)."""
+        done: list[np.ndarray] = []
+        while len(rows):
+            part = rows[: self.batch_size]
+            try:
+                done.append(to_host(self.job(part)))
+                rows = rows[len(part) :]
+                continue
+            except Exception as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise MeasureError(
+                        "Out of memory with a single sequence in the batch. Use shorter blocks, score fewer "
+                        "`positions`, lower `max_branch_bytes`, or load the model with device_map and offload."
+                    ) from error
+            # Out of the except block: the traceback no longer holds the failed batch's tensors.
+            self.batch_size = max(1, len(part) // 2)
+            self.notes.append(f"out of memory: batch size lowered from {len(part)} to {self.batch_size}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return np.concatenate(done)
+
+
+def rounds(total: int, batch_size: int, first: int | None = None) -> Iterator[np.ndarray]:
+    """Row indices [n], batch by batch; of the first batch alone `first`, where that is less."""
+    start, stop = 0, min(first or batch_size, batch_size)
+    while start < total:
+        yield np.arange(start, min(stop, total))
+        start, stop = stop, stop + batch_size
 
 
 class Collector:

@@ -21,22 +21,20 @@ class LayerScores:
 
     Attributes
     ----------
-    table : DataFrame, indexed by layer_id
+    table : DataFrame, indexed by layer_id, in the order of the stack
         `score`; `ci_low`, `ci_high` (bootstrap interval over sequences); `n` (sequences scored; fewer
-        for a layer that a race dropped early). In the order of the stack.
+        for a layer that a race dropped early).
     metric, source : str
         What was measured, on which text.
-    seconds : float
     per_sequence : ndarray [N, L] float64
-        Score of each layer on each sequence, NaN where it was not scored; [0, L] where the metric
-        reads weights alone.
+        NaN where a layer was not scored; [0, L] where the metric reads weights alone.
     weights : ndarray [N] float64
         Tokens scored in each sequence; `score` is the mean weighted by them.
     confidence : float
         Of the intervals.
     details : dict
-        JSON-able settings and by-products: positions, batch size, seed, layer passes, notes,
-        the whole student's own value (`whole`), and for a race `dropped` (layer id -> n) and `stopped`.
+        JSON-able: the options, layer passes, notes, the whole student's own value (`whole`), and for a race
+        `dropped` (layer id -> n) and `stopped`.
     """
 
     table: pd.DataFrame
@@ -52,16 +50,8 @@ class LayerScores:
     def from_samples(
         cls, metric, source, layer_ids, per_sequence, weights, *, seconds=0.0, confidence=0.95, details=None
     ) -> LayerScores:
-        """Build scores and their paired bootstrap intervals from values per sequence.
+        """Build scores and their bootstrap intervals from values per sequence [N, L] and weights [N].
 
-        Parameters
-        ----------
-        layer_ids : sequence of int [L]
-        per_sequence : array [N, L], NaN where not scored
-        weights : array [N]
-
-        Notes
-        -----
         Every resample draws N sequences with replacement, the same for all layers (paired), and takes
         the weighted mean; `ildlab.stats.interval` makes bounds of them.
         """
@@ -120,10 +110,9 @@ class LayerScores:
         return means(resamples(len(paired)), paired, self.weights)
 
     def separation(self) -> float:
-        """Probability, by paired bootstrap, that the least important layer is truly the least.
+        """Probability, by paired bootstrap, that every other layer scores higher than the least important one.
 
-        The share of resamples in which every other layer scores higher than it, on the sequences
-        that both were scored on.
+        Of each pair, on the sequences that both were scored on.
         """
         least = self.layer_ids.index(self.least_important)
         others = np.delete(self._differences, least, axis=1)
@@ -137,8 +126,7 @@ class LayerScores:
         """Layers that are not surely more important than the least one; it is the first of them.
 
         Surely: the one-sided paired bootstrap bound of the difference, at `confidence` for all layers
-        together (Bonferroni), lies above 0. A layer that a race dropped is never tied: it was scored on too little
-        to say so again.
+        together (Bonferroni), lies above 0. A layer that a race dropped, on few sequences, is never tied.
         """
         least = self.least_important
         alpha = (1 - self.confidence) / max(1, len(self.layer_ids) - 1)
@@ -155,8 +143,7 @@ class LayerScores:
     def split_half(self, splits: int = 200, seed: int = 0) -> float:
         """Spearman correlation of the ranking on one half of the sequences with that on the other.
 
-        The mean over random splits, of the `finalists`. 1: the ranking is
-        free of noise at half of this text; NaN where there are fewer than 4 sequences or 3 layers.
+        The mean over random splits, of the `finalists`; NaN where there are fewer than 4 sequences or 3 layers.
         """
         columns = [self.layer_ids.index(i) for i in self.finalists]
         x = self.per_sequence[:, columns]
@@ -207,10 +194,11 @@ class LayerScores:
 
     def _repr_html_(self) -> str:
         tied, least, kept = set(self.tied), self.least_important, set(self.finalists)
-        shown = self.table.loc[self.ranking, ["score"]]
-        bounds = zip(self.table.ci_low[shown.index], self.table.ci_high[shown.index], strict=True)
-        shown["interval"] = [f"[{low:.4g}, {high:.4g}]" for low, high in bounds]
-        shown["n"] = self.table.n[shown.index]
+        table = self.table.loc[self.ranking]
+        shown = table[["score"]].assign(
+            interval=[f"[{low:.4g}, {high:.4g}]" for low, high in zip(table.ci_low, table.ci_high, strict=True)],
+            n=table.n,
+        )
         shown[""] = [
             "least important" if i == least else "tied with it" if i in tied else "" if i in kept else "dropped early"
             for i in shown.index
@@ -224,8 +212,6 @@ class LayerScores:
         )
         name = f"{zlib.crc32(repr(self.to_dict()).encode()):08x}"  # the page of the same scores is the same
         style = shown.rename_axis("layer").style.set_uuid(name).format({"score": "{:.4g}"})
-        style = style.bar(
-            ["score"], color="rgba(128, 128, 128, .4)", align="left", vmin=min(0.0, shown["score"].min())
-        )
-        table = style.set_table_attributes("aria-label='Importance by layer'").to_html()
-        return f"<div>{head}{table}</div>"
+        style = style.bar(["score"], color="rgba(128, 128, 128, .4)", align="left", vmin=min(0, table.score.min()))
+        page = style.set_table_attributes("aria-label='Importance by layer'").to_html()
+        return f"<div>{head}{page}</div>"

@@ -21,19 +21,9 @@ from ildlab.model.stack import LayerStack
 def climb(
     stack: LayerStack, trunks: Sequence[Trunk], hidden: Sequence[Tensor] | None = None, start: int = 0
 ) -> Iterator[list[Tensor]]:
-    """Run the layers from position `start`, each for all batches while it is loaded.
+    """Run the layers from h[start] (`hidden`, one [B, T, d] a batch), each for all batches while it is loaded.
 
-    Parameters
-    ----------
-    trunks : sequence of Trunk
-        One for each batch.
-    hidden : sequence of Tensor [B, T, d], optional
-        h[start] of each batch; h[0] by default.
-
-    Yields
-    ------
-    list of Tensor [B, T, d]
-        h[start + 1], h[start + 2], ... of every batch; the same list each time.
+    Yields h[start + 1], h[start + 2], ... of every batch, the same list each time.
     """
     hidden = [trunk.h0 for trunk in trunks] if hidden is None else list(hidden)
     for q in range(start, len(stack)):
@@ -63,14 +53,12 @@ def branches(
 
     Parameters
     ----------
-    student : LayerStack
     trunks : sequence of Trunk
         One for each batch (`student.trunk(batch)`).
     layer_ids : sequence of int, optional
         Layers to skip, one at a time; all by default.
     max_branch_bytes : int
-        Memory that the hidden states of trunk and branches may take; where all branches do not fit
-        they go in waves, of at least one branch.
+        Memory for the hidden states of trunk and branches, which else go in waves, of at least one branch.
     reach : int
         Carry the trunk at least to h[reach] (`len(student)`: to the whole student's output).
     on_trunk : callable(position q, index of the batch, h[q]), optional

@@ -45,9 +45,9 @@ def task_steps(student: LayerStack, config: MeasureConfig, tokenizer: Any) -> Wo
     -------
     LayerScores
         One "sequence" an example: value of the whole student minus that without the layer, so that the weighted mean
-        is the drop of the aggregate. `details["way"]` is "sweep" or "separate evaluations", `details["whole"]` the
-        student's own aggregate; of a sweep, `details["truncated"]` the contexts that lost their beginning, by task, and
-        `details["layer_passes"]` the work: layers run, in tokens, over the tokens of the suite.
+        is the drop of the aggregate. Of its `details`, "way" is "sweep" or "separate evaluations", "whole" the student's
+        own aggregate; of a sweep, "truncated" the contexts that lost their beginning, by task, and "layer_passes" the
+        work: layers run, in tokens, over the tokens of the suite.
 
     Raises
     ------
@@ -59,8 +59,8 @@ def task_steps(student: LayerStack, config: MeasureConfig, tokenizer: Any) -> Wo
         return (yield from _sweep_steps(student, suite, config, tokenizer))
     if config.race:
         raise MeasureError(
-            f"race=True: {suite.name} is no suite of log-likelihoods alone, so that the model is evaluated as a whole "
-            "without each layer, and nothing can stop early. Use race=False, and limit= to score fewer examples."
+            f"race=True: {suite.name} is evaluated as a whole without each layer, and nothing can stop early. "
+            "Use race=False, and limit= to score fewer examples."
         )
     if len(student) < 2:
         raise MeasureError("Without its only layer there is no model left to evaluate.")
@@ -85,33 +85,36 @@ def _sweep_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokeniz
             note = f"part {number} of {len(parts)}, {len(race.alive)} layers" if config.race else suite.name
             yield Progress(int(seen.sum() + done / total * len(part)), plan.examples, note, scores)
         seen[part] = True
-        details = config.told() | {
-            "way": "sweep",
-            "suite": suite.name,
-            "suite_fingerprint": suite.fingerprint,
-            "whole": float(np.average(job.whole[seen], weights=job.weights[seen])),
-            "layer_passes": job.passes / max(job.tokens, 1),
-            "dropped": race.dropped,
-            "truncated": plan.truncated,
-            "stopped": "every example was scored",
-        }
-        scores = LayerScores.from_samples(
-            "task",
-            f"suite {suite.name}, {int(seen.sum())} examples",
-            job.layer_ids,
-            (job.whole[:, None] - job.without)[seen],  # [E, L] -> [examples seen, L]
-            job.weights[seen],
-            seconds=time.perf_counter() - started,
-            confidence=config.confidence,
-            details=details,
-        )
         if config.race:
             job.look(race, seen)
-            if race.over:
-                details["stopped"] = race.stopped
-                break
-    scores.details |= details
+        details = config.told() | _of(suite, "sweep", np.average(job.whole[seen], weights=job.weights[seen]))
+        details |= {"layer_passes": job.passes / max(job.tokens, 1), "truncated": plan.truncated}
+        details |= {"dropped": race.dropped, "stopped": race.stopped if race.over else "every example was scored"}
+        drops = (job.whole[:, None] - job.without)[seen]  # [E, L] -> [examples seen, L]
+        scores = _scores(suite, job.layer_ids, drops, job.weights[seen], started, config, details)
+        if race.over:
+            break
     return scores
+
+
+def _of(suite: Any, way: str, whole: float) -> dict[str, Any]:
+    """Details of both ways."""
+    return {"way": way, "suite": suite.name, "suite_fingerprint": suite.fingerprint, "whole": float(whole)}
+
+
+def _scores(
+    suite: Any, ids: list[int], drops: np.ndarray, weights: np.ndarray, started: float, config: MeasureConfig, details
+) -> LayerScores:
+    return LayerScores.from_samples(
+        "task",
+        f"suite {suite.name}, {len(drops)} examples",
+        ids,
+        drops,
+        weights,
+        seconds=time.perf_counter() - started,
+        confidence=config.confidence,
+        details=details,
+    )
 
 
 def parts_of(plan: Plan, rng: np.random.Generator) -> list[np.ndarray]:
@@ -131,7 +134,7 @@ def parts_of(plan: Plan, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 class TaskSweep:
-    """Values of each example, whole and without each layer; filled part by part."""
+    """Values of each example, whole and without each layer, filled part by part; NaN where it was not scored."""
 
     def __init__(self, student: LayerStack, plan: Plan, max_branch_bytes: int):
         self.student, self.plan, self.max_branch_bytes = student, plan, max_branch_bytes
@@ -170,10 +173,8 @@ class TaskSweep:
 
         self.tokens += batch.tokens
         trunk = student.trunk(model_inputs(student, batch))
-        limit = self.max_branch_bytes
-        for layer_ids, hidden in branches(
-            student, [trunk], alive, max_branch_bytes=limit, reach=len(student), on_trunk=on_trunk, count=count
-        ):
+        options = {"max_branch_bytes": self.max_branch_bytes, "reach": len(student)}
+        for layer_ids, hidden in branches(student, [trunk], alive, on_trunk=on_trunk, count=count, **options):
             for layer_id, (state,) in zip(layer_ids, hidden):
                 read_out(student, batch, state, self.outcomes[layer_id])
         read_out(student, batch, final[None], self.outcomes[None])
@@ -208,11 +209,12 @@ class TaskSweep:
 
 def _separate_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
     started, ids, total = time.perf_counter(), student.layer_ids, len(student) + 1
-    yield Progress(
-        0, total, f"separate evaluations of {suite.name}: {total}, the student's and one without each layer"
-    )
+    cost = f"separate evaluations of {suite.name}: {total}, the student's and one without each layer"
+    yield Progress(0, total, cost)
     whole = yield from relabel(suite_steps(student, tokenizer, suite), "the whole student", (0, total))
-    found: dict[int, SuiteResult] = {}
+    values, weights = _by_example(whole)
+    drops = np.full((len(values), len(ids)), np.nan)  # [E, L]; NaN for layers that were not evaluated yet
+    details = config.told() | _of(suite, "separate evaluations", whole.aggregate) | {"notes": whole.notes}
     twin = student.share()  # so that whoever looks at the student meanwhile sees it whole
     scores = None
     for done, layer_id in enumerate(ids, 1):
@@ -220,54 +222,16 @@ def _separate_steps(student: LayerStack, suite: Any, config: MeasureConfig, toke
         yield Progress(done, total, f"without layer {layer_id}; about {left:.0f} s to go", scores)
         with twin.without(layer_id):
             work = suite_steps(twin, tokenizer, suite)
-            found[layer_id] = yield from relabel(work, f"without layer {layer_id}", (done, total))
-        unit, drops, weights = _paired(whole, found, ids)
-        scores = LayerScores.from_samples(
-            "task",
-            f"suite {suite.name}, {len(weights)} {unit}",
-            ids,
-            drops,
-            weights,
-            seconds=time.perf_counter() - started,
-            confidence=config.confidence,
-            details=config.told()
-            | {
-                "way": "separate evaluations",
-                "suite": suite.name,
-                "suite_fingerprint": suite.fingerprint,
-                "whole": whole.aggregate,
-                "notes": whole.notes,
-            },
-        )
+            found = yield from relabel(work, f"without layer {layer_id}", (done, total))
+        drops[:, done - 1] = values - _by_example(found)[0]
+        scores = _scores(suite, ids, drops, weights, started, config, details)
     yield Progress(total, total, "", scores)
     return scores
 
 
-def _paired(
-    whole: SuiteResult, found: dict[int, SuiteResult], ids: Sequence[int]
-) -> tuple[str, np.ndarray, np.ndarray]:
-    """What the aggregate loses, piece by piece: ("examples" or "tasks", drops [N, L], weights [N]).
-
-    The weighted mean of the drops is the drop of the aggregate. Pieces are examples where all results have the same
-    ones, else tasks; columns of layers that were not evaluated yet are NaN.
-    """
-    results = [whole, *found.values()]
-    if len({tuple(result.tasks) for result in results}) > 1:
-        raise MeasureError(f"{whole.name}: evaluations of the same suite have different tasks.")
-    sizes = [[(task.n, task.weights) for task in result.tasks.values()] for result in results]
-    unit = "examples" if all(size == sizes[0] for size in sizes) else "tasks"
-
-    def pieces(result: SuiteResult) -> np.ndarray:
-        tasks = result.tasks.values()
-        parts = [t.oriented(np.asarray(t.values)) if unit == "examples" else np.array([t.share]) for t in tasks]
-        return np.concatenate(parts)  # [N]
-
-    def weight(task: Any) -> np.ndarray:
-        own = np.ones(1) if unit == "tasks" else np.asarray(task.weights or np.ones(task.n), float)
-        return task.weight * own / own.sum()
-
-    weights = np.concatenate([weight(task) for task in whole.tasks.values()])
-    drops = np.full((len(weights), len(ids)), np.nan)
-    for layer_id, result in found.items():
-        drops[:, list(ids).index(layer_id)] = pieces(whole) - pieces(result)
-    return unit, drops, weights / weights.sum()
+def _by_example(result: SuiteResult) -> tuple[np.ndarray, np.ndarray]:
+    """Values and weights [E] of all tasks' examples, whose weighted mean is the aggregate."""
+    tasks = result.tasks.values()
+    counts = [np.asarray(task.weights or np.ones(task.n), float) for task in tasks]
+    weights = np.concatenate([task.weight * own / own.sum() for task, own in zip(tasks, counts, strict=True)])
+    return np.concatenate([task.oriented(task.values) for task in tasks]), weights / weights.sum()
