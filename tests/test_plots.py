@@ -101,8 +101,8 @@ def test_no_scores_is_an_error_in_words():
 
 
 def test_a_layer_that_a_race_dropped_is_never_shown_as_tied():
-    race = np.array([[1.0, 5.0, 1.0, np.nan], [1.1, 6.0, 1.2, np.nan], [1.0, 5.5, 0.9, 1.05]])  # [N, layers]
-    scores = LayerScores.from_samples("kl", "a text", range(4), race, np.ones(3), details={"dropped": {"3": 1}})
+    race = np.array([[1.0, 5.0, 1.0, 1.2], [1.1, 6.0, 1.2, 0.9], [1.0, 5.5, 0.9, np.nan]])  # [N, layers]
+    scores = LayerScores.from_samples("kl", "a text", range(4), race, np.ones(3), details={"dropped": {"3": 2}})
     session = SimpleNamespace(
         latest_scores=scores, scores=scores, removed=[], student=SimpleNamespace(layer_ids=[0, 1, 2, 3])
     )
