@@ -1,8 +1,10 @@
 """Figures: what they draw is right, no pyplot, AA contrast in both themes, nothing told by colour alone."""
 
+import dataclasses
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from ildlab import plots
+from ildlab.importance.scores import LayerScores
 from ildlab.plots import canvas
+from ildlab.widgets import figures, words
 
 LIGHT, DARK = "#ffffff", "#111111"  # JupyterLab's --jp-layout-color0 in its two themes
 
@@ -22,16 +26,17 @@ def brightened(colour: str) -> tuple[float, ...]:
     return tuple(min(1.0, c * canvas.DARK_BRIGHTNESS) for c in to_rgb(colour))
 
 
+def without(scores, *layer_ids):
+    """The scores of a student that lacks these layers."""
+    return dataclasses.replace(scores, table=scores.table.drop([*layer_ids]))
+
+
 @pytest.fixture
 def scores():
     rng = np.random.default_rng(0)
     values = np.r_[0.95, 0.3, rng.uniform(0.02, 0.09, 8)]
-    table = pd.DataFrame(
-        {"score": values, "ci_low": values * 0.9, "ci_high": values * 1.1, "n": 16},
-        index=pd.Index(range(10), name="layer_id"),
-    )
-    table.attrs["metric"] = "block_influence"
-    return table
+    exact = LayerScores.exact("block_influence", "a text", range(10), values)
+    return dataclasses.replace(exact, table=exact.table.assign(ci_low=values * 0.9, ci_high=values * 1.1, n=16))
 
 
 def test_contrast_is_wcags():
@@ -66,8 +71,8 @@ def test_every_text_of_a_figure_is_in_the_tested_grey(scores):
 def test_importance_draws_the_scores_and_marks_the_least(scores):
     ax = plots.importance(scores, tied=[7])
     heights = [p.get_height() for p in ax.patches[:10]]
-    assert heights == pytest.approx(scores["score"].tolist())
-    least = scores["score"].idxmin()
+    assert heights == pytest.approx(scores.table["score"].tolist())
+    least = scores.least_important
     assert ax.patches[least].get_hatch() and not ax.patches[(least + 1) % 10].get_hatch()
     texts = [t.get_text() for t in ax.texts]
     assert f"▼ {least}" in texts and "≈" in texts
@@ -78,7 +83,7 @@ def test_importance_draws_the_scores_and_marks_the_least(scores):
 def test_importance_takes_the_axes_given_and_hatches_what_is_gone(scores):
     figure = Figure()
     mine = figure.add_subplot()
-    ax = plots.importance(scores.drop([4]), chosen=9, ax=mine, removed=[11])
+    ax = plots.importance(without(scores, 4), chosen=9, ax=mine, removed=[11])
     assert ax is mine
     hatched = [p for p in ax.patches if p.get_hatch() == "xxx"]
     assert len(hatched) == 3  # 4 between the scored ones, 10 and 11 above them
@@ -86,21 +91,29 @@ def test_importance_takes_the_axes_given_and_hatches_what_is_gone(scores):
 
 
 def test_importance_with_negative_scores_is_linear():
-    ax = plots.importance({0: 0.5, 1: -0.01, 2: 0.2}, metric="nll")
+    ax = plots.importance(LayerScores.exact("nll", "a text", range(3), [0.5, -0.01, 0.2]))
     assert ax.get_yscale() == "linear" and "nats/token" in ax.get_ylabel()
 
 
-def test_no_scores_is_an_error_in_words(scores):
-    with pytest.raises(ValueError, match="measure first"):
-        plots.importance(scores.iloc[:0])
+def test_no_scores_is_an_error_in_words():
     with pytest.raises(ValueError, match="measure first"):
         plots.importance_by_iteration([], [])
-    with pytest.raises(ValueError, match="column 'score'"):
-        plots.importance(scores.drop(columns="score"))
+
+
+def test_a_layer_that_a_race_dropped_is_never_shown_as_tied():
+    race = np.array([[1.0, 5.0, 1.0, 1.2], [1.1, 6.0, 1.2, 0.9], [1.0, 5.5, 0.9, np.nan]])  # [N, layers]
+    scores = LayerScores.from_samples("kl", "a text", range(4), race, np.ones(3), details={"dropped": {"3": 2}})
+    session = SimpleNamespace(
+        latest_scores=scores, scores=scores, removed=[], student=SimpleNamespace(layer_ids=[0, 1, 2, 3])
+    )
+    ax, *_ = figures.importance(session)
+    least, tied = scores.tied
+    assert {t.get_text(): t.xy[0] for t in ax.texts} == {f"▼ {least}": least, "≈": tied} and 3 not in (least, tied)
+    assert f"tied with {tied}." in words.layer_words(session, least)
 
 
 def test_importance_by_iteration_keeps_layer_ids(scores):
-    runs = [scores, scores.drop(5), scores.drop([5, 9])]
+    runs = [scores, without(scores, 5), without(scores, 5, 9)]
     ax = plots.importance_by_iteration(runs, [5, 9])
     grid = ax.images[0].get_array()
     assert grid.shape == (3, 10)
@@ -112,12 +125,19 @@ def test_importance_by_iteration_keeps_layer_ids(scores):
 def test_loss_curves_keeps_kl_and_mse_apart():
     steps = np.arange(1, 41)
     history = pd.DataFrame(
-        {"step": steps, "kl": np.exp(-steps / 9.0), "mse_trainable": 2.0 / steps, "mse_last": 9.0 / steps}
+        {
+            "step": steps,
+            "kl": np.exp(-steps / 9.0),
+            "hidden": 11.0 / steps,
+            "hidden_4": 2.0 / steps,
+            "hidden_9": 9.0 / steps,
+        }
     )
     left = plots.loss_curves(history)
     right = left.figure.axes[1]
     assert "KL" in left.get_ylabel() and "hidden" in right.get_ylabel()
     assert left.lines[0].get_ydata() == pytest.approx(history["kl"])
+    assert {line.get_label() for line in right.lines if line.get_linewidth() > 1} == {"hidden 4", "hidden 9"}
     assert {line.get_linestyle() for line in right.lines} >= {"-", "--"}
     many = {f"hidden_{i}": np.full(40, float(i)) for i in range(1, 8)}
     drawn = plots.loss_curves(pd.DataFrame({"step": steps, "kl": history["kl"], **many})).figure.axes[1]
@@ -129,38 +149,26 @@ def test_loss_curves_keeps_kl_and_mse_apart():
     assert "not part" in one.figure.axes[1].texts[0].get_text()
 
 
-def test_quality_has_both_lines_and_the_parameters():
-    table = pd.DataFrame(
-        {
-            "n_removed": [2, 0, 1],
-            "perplexity_before": [60.0, np.nan, 50.0],
-            "perplexity_after": [49.0, 43.0, 45.0],
-            "parameters": [127e6, 134e6, 131e6],
-        }
-    )
-    ax = plots.quality(table, teacher=43.0)
-    before, after = ax.lines[:2]
-    assert before.get_xdata().tolist() == [1, 2] and after.get_ydata().tolist() == [43, 45, 49]
-    assert before.get_linestyle() != after.get_linestyle() and before.get_marker() != after.get_marker()
-    second = ax.figure.axes[-1]
-    assert second is not ax and "parameters" in second.get_ylabel()
-    with pytest.raises(ValueError, match="n_removed"):
-        plots.quality(table.drop(columns="n_removed"))
-
-
-def test_quality_of_a_history_is_that_before_and_after_distillation():
+def test_quality_is_that_before_and_after_distillation():
     table = pd.DataFrame(
         {
             "n_removed": [0, 1, 2, 3],
+            "parameters": [134e6, 131e6, 127e6, None],
             "perplexity": [43.0, 45.0, 49.0, np.nan],
             "perplexity_pruned": [np.nan, 50.0, 52.0, 60.0],
             "perplexity_undistilled": [np.nan, 50.0, 58.0, np.nan],
         }
     )
-    before, after, teacher = plots.quality(table).lines
+    ax = plots.quality(table)
+    before, after, teacher = ax.lines
     assert before.get_ydata().tolist() == [43, 50, 58, 60] and after.get_ydata().tolist() == [43, 45, 49]
+    assert before.get_linestyle() != after.get_linestyle() and before.get_marker() != after.get_marker()
     assert teacher.get_ydata()[0] == 43
-    assert plots.quality(table, teacher=40.0).lines[2].get_ydata()[0] == 40
+    second = ax.figure.axes[-1]
+    assert second is not ax and "parameters" in second.get_ylabel() and second.patches[0].get_height() == 134
+    # A history whose iterations were never evaluated after a distillation, nor its teacher.
+    (pruned,) = plots.quality(table.assign(perplexity=np.nan)).lines
+    assert pruned.get_ydata().tolist() == [50, 58, 60]
 
 
 def test_png_is_transparent_and_twice_the_size(scores):
@@ -187,8 +195,8 @@ def test_save_writes_png_and_svg(tmp_path, scores):
 
 def test_pyplot_is_never_loaded():
     code = (
-        "import sys, pandas as pd\nfrom ildlab import plots\n"
-        "plots.to_png(plots.importance({0: 1.0, 1: 2.0}))\n"
+        "import sys\nfrom ildlab import plots\nfrom ildlab.importance.scores import LayerScores\n"
+        "plots.to_png(plots.importance(LayerScores.exact('nll', 'a text', [0, 1], [1.0, 2.0])))\n"
         "assert 'matplotlib.pyplot' not in sys.modules and 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

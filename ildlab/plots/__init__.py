@@ -1,17 +1,18 @@
-"""Figures: data frames and scores in, a matplotlib Axes out.
+"""Figures: `LayerScores` and data frames in, a matplotlib Axes out.
 
-`canvas` is what all share; `scores` draws importance, `states` hidden states, `curves` losses and quality.
+Scores go to `scores` (importance), hidden states to `states`, a run's tables to `curves` (losses, quality); all draw on a
+`canvas`, which also takes the figure out, as a picture in a notebook or a file.
 """
 
 import lazy_loader
 
-_CANVAS = "COLOURS TEXT contrast ink_on token_label legend new_axes save show style to_html to_png to_svg"
+_CANVAS = "COLOURS TEXT contrast ink_on token_label legend new_axes new_figure save show to_html to_png"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "canvas": _CANVAS.split(),
-        "scores": ["importance", "importance_by_iteration", "rank_flow", "metric_scatter", "profile_beside"],
+        "scores": ["importance", "importance_by_iteration", "metric_scatter", "profile_beside"],
         "states": ["redundancy_heatmap", "block_triangle", "drift_by_layer", "token_drift_map", "logit_lens_map"],
         "curves": ["loss_curves", "quality", "methods", "task_panels", "branches"],
     },

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,7 +60,7 @@ UNITS = {
 
 def label_of(metric: str) -> str:
     """Axis label of a metric: what it is, with its unit."""
-    return UNITS.get(metric, metric.replace("_", " ") or "score")
+    return UNITS.get(metric, metric.replace("_", " "))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -167,29 +166,6 @@ def norm_of(values: np.ndarray) -> Normalize:
     return Normalize(low, high if high > low else low + 1e-12)
 
 
-def frame_of(scores: Any) -> pd.DataFrame:
-    """`LayerScores`, a DataFrame, a Series or a mapping {layer id: score} as a DataFrame by layer id, ascending.
-
-    It has a column `score` and, where known, `ci_low`, `ci_high`, `n`.
-    """
-    table = getattr(scores, "table", scores)
-    if isinstance(table, pd.DataFrame):
-        table = table.set_index("layer_id") if "layer_id" in table.columns else table
-    else:
-        table = pd.Series(table, dtype=float).to_frame("score")
-    if "score" not in table.columns:
-        raise ValueError(f"Scores need a column 'score'; these have {list(table.columns)}.")
-    table = table.copy()
-    table.index = table.index.astype(int)
-    return table.sort_index()
-
-
-def metric_of(scores: Any, metric: str | None = None) -> str:
-    """Name of the metric of `scores`: as given, else the scores' own, else "score"."""
-    attributes = getattr(getattr(scores, "table", scores), "attrs", {})
-    return metric or getattr(scores, "metric", None) or attributes.get("metric") or "score"
-
-
 @lru_cache(maxsize=1)
 def _drawable() -> frozenset[int]:
     return frozenset(font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap())
@@ -247,23 +223,10 @@ def to_png(figure: Figure | Axes, scale: float = 2.0) -> bytes:
     return out.getvalue()
 
 
-def to_svg(figure: Figure | Axes) -> str:
-    """Draw a figure (or the figure of an Axes) as SVG text."""
-    out = io.StringIO()
-    _figure(figure).savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return out.getvalue()
-
-
 def save(figure: Figure | Axes, path: str | Path) -> Path:
-    """Write a figure as .png (at twice the size on screen) or .svg; returns the path."""
-    path = Path(path)
-    if path.suffix == ".svg":
-        path.write_text(to_svg(figure), encoding="utf-8")
-    elif path.suffix == ".png":
-        path.write_bytes(to_png(figure))
-    else:
-        raise ValueError(f"{path.name}: figures are saved as .png or .svg.")
-    return path
+    """Write a figure as .png (at twice the size on screen), .svg or what else matplotlib can; returns the path."""
+    _figure(figure).savefig(path, dpi=2 * DPI, transparent=True)
+    return Path(path)
 
 
 def to_html(figure: Figure | Axes, alt: str, scale: float = 2.0) -> str:

@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from ildlab.errors import SuiteError
 from ildlab.plots.canvas import (
     ABOVE,
     BLUE,
@@ -50,14 +49,12 @@ def loss_curves(history: pd.DataFrame) -> Axes:
     Parameters
     ----------
     history : DataFrame
-        Columns `step`, `kl` and any that begin with `mse` or `hidden_`.
+        A step's record a row: `step`, `kl`, and a `hidden_{layer id}` for each place where hidden states are matched.
     """
     left, right = new_figure(8.5, 3.0).subplots(1, 2)
-    table = history.set_index("step") if "step" in history else history.set_axis(range(1, len(history) + 1))
-    hidden = [c for c in table.columns if c.startswith(("mse", "hidden_"))]
-    hidden = [c for c in hidden if not c.endswith(("_grad", "_share", "_norm"))]
-    _losses(style(left), table[[c for c in ("kl", "loss") if c in table][:1]], "KL (nats per token)")
-    _losses(style(right), table[hidden], "hidden-state loss")
+    table = history.set_index("step")
+    _losses(style(left), table[["kl"]], "KL (nats per token)")
+    _losses(style(right), table.filter(regex="^hidden_"), "hidden-state loss")
     return left
 
 
@@ -88,67 +85,42 @@ def _losses(ax: Axes, table: pd.DataFrame, unit: str) -> None:
     legend(ax)
 
 
-def quality(
-    table: pd.DataFrame, ax: Axes | None = None, *, value: str = "perplexity", teacher: float | None = None
-) -> Axes:
-    """Draw quality against the number of layers removed, with parameters on a second axis, `figure.axes[-1]`.
+def quality(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw perplexity against layers removed, with and without distillation; dotted: the teacher's.
+
+    Parameters are bars on a second axis, `figure.axes[-1]`.
 
     Parameters
     ----------
-    table : DataFrame
-        `PruningSession.history()`, or one row a number of layers removed: `n_removed`, `{value}_before` and
-        `{value}_after` distillation (or `{value}` alone), and optionally `parameters`.
-    value : str
-        "perplexity", "kl", "aggregate" or another pair of columns.
-    teacher : float, optional
-        The teacher's value, as a dotted line; by default that of a history.
+    history : DataFrame
+        From `PruningSession.history`.
     """
-    if {value, f"{value}_pruned"} <= set(table.columns):
-        table, whole = _before_and_after(table, value)
-        teacher = whole if teacher is None else teacher
-    lines = [
-        (f"{value}_before", "removed only", VERMILLION, "--", "s"),
-        (f"{value}_after", "removed and distilled", BLUE, "-", "o"),
-        (value, value, BLUE, "-", "o"),
-    ]
-    lines = [line for line in lines if line[0] in table and table[line[0]].notna().any()]
-    if "n_removed" not in table or not lines:
-        raise ValueError(
-            f"A quality table needs n_removed and {value}, {value}_before or {value}_after; "
-            f"this one has {list(table.columns)}."
-        )
-    table = table.sort_values("n_removed")
+    history = history.set_index("n_removed")
+    after = history["perplexity"]
+    # Never distilled where that was evaluated; else just pruned; the teacher, and a student not distilled, as they are.
+    before = history["perplexity_undistilled"].fillna(history["perplexity_pruned"]).fillna(after)
     ax = new_axes(ax, 6.5, 3.4)
-    if "parameters" in table and table["parameters"].notna().any():
-        second = second_axis(ax, "parameters (millions, dotted bars)")
-        look = {"facecolor": "none", "edgecolor": LINE, "hatch": "..", "alpha": 0.5, "linewidth": 0.8}
-        second.bar(table["n_removed"], table["parameters"] / 1e6, width=0.55, label="parameters", **look)
-    for column, label, colour, dash, marker in lines:
-        known = table.set_index("n_removed")[column].dropna()
-        ax.plot(known.index, known, dash, color=colour, marker=marker, label=label, linewidth=1.8)
-        note(ax, f"{known.iloc[-1]:.3g}", (known.index[-1], known.iloc[-1]), (6, 4), 9)
-    if teacher is not None:
+    second = second_axis(ax, "parameters (millions, dotted bars)")
+    look = {"facecolor": "none", "edgecolor": LINE, "hatch": "..", "alpha": 0.5, "linewidth": 0.8}
+    second.bar(history.index, history["parameters"].astype(float) / 1e6, width=0.55, **look)
+    lines = ((before, "removed only", VERMILLION, "--", "s"), (after, "removed and distilled", BLUE, "-", "o"))
+    for values, label, colour, dash, marker in lines:
+        known = values.dropna()
+        if len(known):
+            ax.plot(known.index, known, dash, color=colour, marker=marker, label=label, linewidth=1.8)
+            note(ax, f"{known.iloc[-1]:.3g}", (known.index[-1], known.iloc[-1]), (6, 4), 9)
+    for teacher in after[after.index == 0].dropna():
         ax.axhline(teacher, color=GREEN, linestyle=":", linewidth=1.5, label=f"teacher ({teacher:.3g})")
     ax.margins(x=0.1, y=0.12)
-    _layers_removed(ax, f"held-out {_unit(value)}")
+    _layers_removed(ax, "held-out perplexity")
     legend(ax, **ABOVE, ncols=3)
     return ax
-
-
-def _before_and_after(history: pd.DataFrame, value: str) -> tuple[pd.DataFrame, float | None]:
-    """A history with `{value}_before` (never distilled, else just pruned) and `_after`, and the teacher's value."""
-    undistilled = history.get(f"{value}_undistilled", history[f"{value}_pruned"])
-    before = undistilled.fillna(history[f"{value}_pruned"]).fillna(history[value])
-    table = history.assign(**{f"{value}_before": before, f"{value}_after": history[value]}).drop(columns=value)
-    teacher = history.loc[history["n_removed"] == 0, value].dropna()
-    return table, float(teacher.iloc[0]) if len(teacher) else None
 
 
 def methods(
     table: pd.DataFrame,
     ax: Axes | None = None,
     *,
-    value: str = "aggregate",
     over: str = "layers_removed",
     labels: dict[str, str] | None = None,
     parameters: bool = True,
@@ -158,8 +130,7 @@ def methods(
     Parameters
     ----------
     table : DataFrame
-        `method`, `over`, `value`, and optionally `low`, `high`, `parameters`.
-    value : str
+        `method`, `over`, `aggregate`, and optionally `low`, `high`, `parameters`.
     over : str
         "layers_removed", or "share_removed" to lay models of other depths beside each other.
     labels : dict, optional
@@ -171,20 +142,18 @@ def methods(
     names = [name for name in STYLES if name in set(table["method"])]
     for name in names + sorted(set(table["method"]) - set(names)):
         own = table[table["method"] == name].sort_values(over)
-        ax.plot(own[over], own[value], linewidth=1.8, **_look(name, labels))
-        if value == "aggregate" and {"low", "high"} <= set(own.columns):
+        ax.plot(own[over], own["aggregate"], linewidth=1.8, **_look(name, labels))
+        if {"low", "high"} <= set(own.columns):
             ax.fill_between(own[over], own["low"], own["high"], color=_look(name)["color"], alpha=0.12, linewidth=0)
-    for teacher in table.loc[table[over] == 0, value][:1]:
+    for teacher in table.loc[table[over] == 0, "aggregate"][:1]:
         ax.axhline(teacher, color=TEXT, linestyle=(0, (1, 2)), linewidth=1.2, label=f"teacher ({teacher:.3f})")
     if parameters and "parameters" in table.columns:
         sizes = table.groupby(over)["parameters"].first() / 1e6
         second = second_axis(ax, "parameters (millions), thin line")
         second.plot(sizes.index, sizes, color=LINE, linewidth=0.8, marker=".", markersize=4)
-    if over == "layers_removed":
-        _layers_removed(ax, _unit(value))
-    else:
-        ax.set_xlabel(f"{over.partition('_')[0]} of layers removed")
-        ax.set_ylabel(_unit(value))
+    _layers_removed(ax, label_of("aggregate"))
+    if over == "share_removed":
+        ax.set_xlabel("share of layers removed")
     legend(ax, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     return ax
 
@@ -210,14 +179,7 @@ def task_panels(
         Method -> name in the legend.
     columns : int
         Panels in a row.
-
-    Raises
-    ------
-    SuiteError
-        No tasks.
     """
-    if not tasks:
-        raise SuiteError("There are no tasks to draw panels of: name columns of the table.")
     rows = -(-len(tasks) // columns)
     figure = new_figure(2.3 * columns, 1.9 * rows + 0.6)
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
@@ -241,23 +203,21 @@ def task_panels(
     return figure
 
 
-def branches(tables: dict[str, pd.DataFrame], ax: Axes | None = None, *, value: str = "perplexity") -> Axes:
-    """Draw several branches of one run on one figure: quality against layers removed.
+def branches(tables: dict[str, pd.DataFrame], ax: Axes | None = None) -> Axes:
+    """Draw the perplexity of several branches of one run against layers removed.
 
     Parameters
     ----------
     tables : dict of str to DataFrame
         For each branch a table as of `ildlab.session.history_table`. Where an iteration was not distilled, the
         value right after its removal stands in.
-    value : str
-        "perplexity" or "kl".
     """
     ax = new_axes(ax, 6.5, 3.4)
     for number, (name, table) in enumerate(tables.items()):
-        drawn = table[value].fillna(table[f"{value}_pruned"])
+        drawn = table["perplexity"].fillna(table["perplexity_pruned"])
         look = {"color": COLOURS[number % 4], "linestyle": DASHES[number % 4], "marker": "osD^v"[number % 5]}
         ax.plot(table["n_removed"], drawn, label=name, linewidth=1.8, **look)
-    _layers_removed(ax, _unit(value))
+    _layers_removed(ax, label_of("perplexity"))
     legend(ax)
     return ax
 
@@ -270,10 +230,6 @@ def _look(name: str, labels: dict[str, str] | None = None) -> dict[str, Any]:
     colour, dash, marker = STYLES.get(name, (TEXT, "-", "."))
     label = (labels or {}).get(name, str(name).replace("_", " "))
     return {"color": colour, "linestyle": dash, "marker": marker, "label": label}
-
-
-def _unit(value: str) -> str:
-    return "KL to the teacher (nats/token)" if value == "kl" else label_of(value)
 
 
 def _layers_removed(ax: Axes, unit: str) -> None:

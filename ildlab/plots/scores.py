@@ -1,8 +1,4 @@
-"""Figures of scores: importance by layer and by iteration, ranks, one metric or model beside another.
-
-Scores are `LayerScores`, a DataFrame with a column `score` (and, where known, `ci_low` and `ci_high`), or a mapping
-{layer id: score}.
-"""
+"""Figures of `LayerScores`: importance by layer and by iteration, one metric or model beside another."""
 
 from __future__ import annotations
 
@@ -18,18 +14,14 @@ from matplotlib.ticker import MaxNLocator
 from ildlab.plots.canvas import (
     ABOVE,
     BLUE,
-    COLOURS,
-    DASHES,
     LINE,
     TEXT,
     VERMILLION,
-    frame_of,
     hatch,
     heatmap,
     in_cell,
     label_of,
     legend,
-    metric_of,
     new_axes,
     note,
     removed_key,
@@ -44,36 +36,31 @@ def importance(
     *,
     removed: Iterable[int] = (),
     tied: Iterable[int] = (),
-    metric: str | None = None,
 ) -> Axes:
     """Bars of importance by layer id, with confidence intervals; the layer to go is marked.
 
     Parameters
     ----------
-    scores : LayerScores, DataFrame or mapping
+    scores : LayerScores
     chosen : int, optional
         Layer id to mark; by default the least important one.
     removed : iterable of int
         Layer ids that are gone; those that lie between scored ones are found without it.
     tied : iterable of int
         Layer ids that the scores cannot tell from the least important one; marked "≈".
-    metric : str, optional
-        Names the axis where `scores` does not.
     """
-    table = frame_of(scores)
+    table = scores.table
     ax = new_axes(ax)
-    if table.empty:
-        raise ValueError("There are no scores to draw: measure first.")
     values = table["score"].to_numpy(float)
-    if chosen is None:
-        least = getattr(scores, "least_important", None)  # a race may have dropped the lowest score early
-        chosen = int(table["score"].idxmin()) if least is None else least
+    chosen = scores.least_important if chosen is None else chosen
     top = max([*table.index, *removed])
     gone = sorted(set(removed) | (set(range(top + 1)) - set(table.index)))
     bars = ax.bar(table.index, values, width=0.8, color=np.where(table.index == chosen, VERMILLION, BLUE), linewidth=0)
     if chosen in table.index:
         bars[table.index.get_loc(chosen)].set(hatch="///", edgecolor="white")
-    _intervals(ax, table)
+    known = table.dropna(subset=["ci_low", "ci_high"])
+    spread = np.stack([known["score"] - known["ci_low"], known["ci_high"] - known["score"]]).clip(0)  # [2, layers]
+    ax.errorbar(known.index, known["score"], spread, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=2)
     if spread_out(values):
         ax.set_yscale("log")
     elif values.min() < 0:
@@ -81,20 +68,18 @@ def importance(
     bottom, ceiling = ax.get_ylim()
     for layer_id in gone:
         hatch(ax, layer_id)
-    above = {int(i): "≈" for i in tied if i in table.index} | (
-        {chosen: f"▼ {chosen}"} if chosen in table.index else {}
-    )
-    upper = table.get("ci_high", table["score"]).fillna(table["score"])
-    for layer_id, text in above.items():
-        look = {"ha": "center", "va": "bottom", "fontweight": "bold"}
-        note(ax, text, (layer_id, max(upper[layer_id], bottom)), (0, 3), 9, **look)
+    upper = table["ci_high"].fillna(table["score"])
+    look = {"ha": "center", "va": "bottom", "fontweight": "bold"}
+    for layer_id, text in ({i: "≈" for i in tied} | {chosen: f"▼ {chosen}"}).items():
+        if layer_id in table.index:
+            note(ax, text, (layer_id, max(upper[layer_id], bottom)), (0, 3), 9, **look)
     ax.set_ylim(bottom, ceiling)
     ax.margins(y=0.12)
     ax.set_xlim(-0.7, top + 0.7)
     ax.xaxis.set_major_locator(MaxNLocator(36, integer=True))
     ax.set_xlabel("layer id")
-    ax.set_ylabel(label_of(metric_of(scores, metric)))
-    handles = [Patch(facecolor=BLUE, label="score, with its interval" if "ci_low" in table else "score")]
+    ax.set_ylabel(label_of(scores.metric))
+    handles = [Patch(facecolor=BLUE, label="score, with its interval")]
     handles.append(Patch(facecolor=VERMILLION, edgecolor="white", hatch="///", label=f"layer {chosen}: to be removed"))
     handles += [removed_key()] if gone else []
     handles += [Patch(alpha=0, label="≈ tied with the least")] if tied else []
@@ -107,16 +92,18 @@ def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: A
 
     Parameters
     ----------
-    scores : sequence of LayerScores or DataFrame
+    scores : sequence of LayerScores
         One for each iteration, first to last.
     removed : sequence of int
         Layer id that each iteration removed; may be one shorter than `scores` (not yet decided).
     """
-    tables = _tables(scores)
+    if not scores:
+        raise ValueError("There are no scores to draw: measure first.")
+    tables = [s.table["score"] for s in scores]
     top = max([int(t.index.max()) + 1 for t in tables] + [i + 1 for i in removed])
     grid = pd.DataFrame(tables).reindex(columns=range(top)).to_numpy(float)  # [iterations, layers]
     ax = new_axes(ax, 8.5, 1.4 + 0.36 * len(tables))
-    image = heatmap(ax, grid, label_of(metric_of(scores[-1])), origin="upper")
+    image = heatmap(ax, grid, label_of(scores[-1].metric), origin="upper")
     for row, layer_id in np.argwhere(np.isnan(grid)):
         hatch(ax, layer_id, row, "xxxx", None)
     for row, layer_id in enumerate(removed[: len(tables)]):
@@ -128,40 +115,12 @@ def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: A
     return ax
 
 
-def rank_flow(scores: Sequence[Any], removed: Sequence[int] = (), ax: Axes | None = None) -> Axes:
-    """Bump chart: the rank of every layer id, iteration by iteration; rank 1 is the least important.
-
-    `scores` and `removed` are as in `importance_by_iteration`.
-    """
-    ranks = pd.DataFrame({k + 1: t.rank(method="first") for k, t in enumerate(_tables(scores))}).sort_index()
-    ax = new_axes(ax, max(4.5, 1.6 + 0.9 * len(scores)), max(3.0, 0.9 + 0.17 * len(ranks)))
-    marked = list(dict.fromkeys(removed))
-    for layer_id, row in ranks.iterrows():
-        row = row.dropna()
-        look = {"color": LINE, "linewidth": 0.9, "alpha": 0.7, "marker": ".", "markersize": 4}
-        gone = marked.index(layer_id) + 1 if layer_id in marked else None
-        if gone:
-            look = {"color": COLOURS[(gone - 1) % 4], "linestyle": DASHES[(gone - 1) % 4]}
-            look |= {"linewidth": 2.2, "marker": "o", "markersize": 4, "zorder": 3}
-        ax.plot(row.index, row, **look)
-        for at, side, align in ((row.index[0], -6, "right"), (row.index[-1], 7, "left")):
-            text = f"{layer_id} ×" if align == "left" and at == gone else str(layer_id)
-            note(ax, text, (at, row[at]), (side, 0), ha=align, va="center", fontweight="bold" if gone else "normal")
-    ax.set_xticks(range(1, len(scores) + 1))
-    ax.set_xlim(0.6, len(scores) + 0.4)
-    ax.set_ylim(0.3, len(ranks) + 0.7)
-    ax.yaxis.set_major_locator(MaxNLocator(36, integer=True))
-    ax.set_xlabel("iteration (labels: layer id; × removed in this iteration)")
-    ax.set_ylabel("rank (1: least important)")
-    return ax
-
-
 def metric_scatter(scores_a: Any, scores_b: Any, ax: Axes | None = None) -> Axes:
     """One metric against another, a point a layer with its id; Spearman's rank correlation in the corner.
 
     Layers that only one of them scored are left out. The least important layer of each is a triangle.
     """
-    pair = pd.DataFrame({"a": frame_of(scores_a)["score"], "b": frame_of(scores_b)["score"]}).dropna()
+    pair = pd.DataFrame({"a": scores_a.table["score"], "b": scores_b.table["score"]}).dropna()
     if len(pair) < 2:
         raise ValueError("The two scores share fewer than 2 layers: measure both on the same student.")
     ax = new_axes(ax, 5.4, 4.4)
@@ -176,8 +135,8 @@ def metric_scatter(scores_a: Any, scores_b: Any, ax: Axes | None = None) -> Axes
     words = f"Spearman ρ = {pair['a'].corr(pair['b'], method='spearman'):.2f}\n{len(pair)} layers"
     ax.text(0.02, 0.98, words, transform=ax.transAxes, va="top", color=TEXT, fontsize=9)
     ax.margins(0.1)
-    ax.set_xlabel(label_of(metric_of(scores_a)))
-    ax.set_ylabel(label_of(metric_of(scores_b)))
+    ax.set_xlabel(label_of(scores_a.metric))
+    ax.set_ylabel(label_of(scores_b.metric))
     legend(ax, loc="lower right")
     return ax
 
@@ -193,12 +152,12 @@ def profile_beside(
 
     Parameters
     ----------
-    scores : LayerScores, DataFrame or mapping
+    scores : LayerScores
     published : DataFrame
         `layer_id` and `block_influence`, such as data/published/qwen2.5-3b_block_influence.csv.
     names : pair of str
     """
-    own = frame_of(scores)["score"]
+    own = scores.table["score"]
     theirs = published.set_index("layer_id")["block_influence"].sort_index()
     ax = new_axes(ax, 7.5, 3.6)
     looks = ((BLUE, "-", "o"), (VERMILLION, "--", "s"))
@@ -215,19 +174,3 @@ def profile_beside(
     ax.set_ylabel(label_of("block_influence"))
     legend(ax, **ABOVE, ncols=2)
     return ax
-
-
-# ------------------------------------------------------------------ shared
-
-
-def _tables(scores: Sequence[Any]) -> list[pd.Series]:
-    if not scores:
-        raise ValueError("There are no scores to draw: measure first.")
-    return [frame_of(s)["score"] for s in scores]
-
-
-def _intervals(ax: Axes, table: pd.DataFrame) -> None:
-    if {"ci_low", "ci_high"} <= set(table.columns):
-        known = table[np.isfinite(table["ci_low"]) & np.isfinite(table["ci_high"])]
-        spread = np.stack([known["score"] - known["ci_low"], known["ci_high"] - known["score"]]).clip(0)  # [2, layers]
-        ax.errorbar(known.index, known["score"], spread, fmt="none", ecolor=LINE, elinewidth=1.2, capsize=2)

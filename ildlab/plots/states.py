@@ -31,11 +31,7 @@ from ildlab.plots.canvas import (
     token_ticks,
 )
 
-DRIFT_UNITS = {
-    "cosine": "drift from the teacher (1 − cosine)",
-    "relative_l2": "drift from the teacher (relative L2)",
-    "cka": "drift from the teacher (1 − CKA)",
-}
+DRIFT = "drift from the teacher (1 − cosine)"
 NO_DRIFT = 1e-9  # two runs of the same fp32 layers may differ by rounding, squared
 
 
@@ -50,8 +46,6 @@ def redundancy_heatmap(matrix: pd.DataFrame, kind: str = "cosine", ax: Axes | No
         Names the unit. Up to 12 hidden states, each cell has its number too.
     """
     values = matrix.to_numpy(float)
-    if values.ndim != 2 or values.shape[0] != values.shape[1]:
-        raise ValueError(f"A redundancy matrix is square; this one is {values.shape}.")
     ax = new_axes(ax, 6.2, 5.2)
     image = heatmap(ax, values, label_of(kind), aspect="equal")
     if len(values) <= 12:
@@ -72,8 +66,6 @@ def block_triangle(triangle: pd.DataFrame, ax: Axes | None = None) -> Axes:
         From `block_distances`: angular distances, NaN where the stack ends first.
     """
     values = triangle.to_numpy(float)
-    if not np.isfinite(values).any():
-        raise ValueError("The triangle has no distances to draw.")
     ax = new_axes(ax, 6.6, 5.0)
     image = heatmap(ax, values, label_of("angular"))
     rows = np.flatnonzero(np.isfinite(values).any(1))
@@ -88,23 +80,16 @@ def block_triangle(triangle: pd.DataFrame, ax: Axes | None = None) -> Axes:
 
 
 def drift_by_layer(
-    after: pd.DataFrame,
-    before: pd.DataFrame | None = None,
-    ax: Axes | None = None,
-    *,
-    kind: str = "cosine",
-    removed: Sequence[int] = (),
+    after: pd.DataFrame, before: pd.DataFrame | None = None, ax: Axes | None = None, *, removed: Sequence[int] = ()
 ) -> Axes:
     """Draw the student's drift from the teacher by layer id, after and before distillation.
 
     Parameters
     ----------
     after : DataFrame
-        From `drift`; alone, it is called "student".
+        From `drift` by cosine; alone, it is called "student".
     before : DataFrame, optional
         The same right after the removals.
-    kind : {"cosine", "relative_l2", "cka"}
-        Names the unit.
     removed : sequence of int
         Layer ids that are gone; those between the student's are found without it. They are hatched.
     """
@@ -119,8 +104,7 @@ def drift_by_layer(
         ax.plot(
             drawn.index, drawn["drift"], dash, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label
         )
-        if {"ci_low", "ci_high"} <= set(drawn.columns):
-            ax.fill_between(drawn.index, drawn["ci_low"], drawn["ci_high"], color=colour, alpha=0.15, linewidth=0)
+        ax.fill_between(drawn.index, drawn["ci_low"], drawn["ci_high"], color=colour, alpha=0.15, linewidth=0)
     gone = sorted(set(range(end)) - set(after.index))
     for layer_id in gone:
         hatch(ax, layer_id)
@@ -128,27 +112,25 @@ def drift_by_layer(
     ax.set_xlim(-0.7, end + 0.7)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("hidden state (input of layer id)")
-    ax.set_ylabel(DRIFT_UNITS.get(kind, kind))
+    ax.set_ylabel(DRIFT)
     handles = ax.get_legend_handles_labels()[0] + [removed_key()] * bool(gone)
     legend(ax, handles=handles, **ABOVE, ncols=3)
     return ax
 
 
-def token_drift_map(table: pd.DataFrame, ax: Axes | None = None, *, kind: str = "cosine") -> Axes:
+def token_drift_map(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Heatmap of drift, layer by token; hidden states that are still the teacher's are hatched.
 
     Parameters
     ----------
     table : DataFrame [layers + 1, T]
-        From `token_drift`; the tokens are `table.attrs["tokens"]`, else the columns.
-    kind : {"cosine", "relative_l2"}
-        Names the unit.
+        From `token_drift` by cosine.
     """
     values = table.to_numpy(float)
-    tokens = [str(t) for t in table.attrs.get("tokens", table.columns)]
+    tokens = table.attrs["tokens"]
     ax = new_axes(ax, max(5.0, 2.0 + 0.3 * len(tokens)), max(3.0, 1.3 + 0.13 * len(values)))
     same = values < NO_DRIFT
-    heatmap(ax, np.where(same, np.nan, values), DRIFT_UNITS.get(kind, kind))
+    heatmap(ax, np.where(same, np.nan, values), DRIFT)
     for row, column in np.argwhere(same):
         hatch(ax, column, row, "///", 0.6)
     token_ticks(ax.xaxis, tokens)

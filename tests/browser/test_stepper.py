@@ -94,9 +94,10 @@ def test_the_whole_flow(lab, page):
     wait_status(page, "least important")
     shot(page, "measured")
 
-    # Choose by keyboard: the slider moves by arrow keys.
+    # Choose by keyboard: the slider, which stands on the suggestion, moves by arrow keys.
     handle = page.locator(".ildlab-layer [role=slider]").first
     handle.focus()
+    page.keyboard.press("Home")
     for _ in range(4):
         page.keyboard.press("ArrowRight")
     page.wait_for_selector(".ildlab-cell-4.ildlab-selected")
