@@ -172,7 +172,7 @@ def test_text_and_loss_of_a_distillation_are_chosen_there(stepper, session, tmp_
     stepper.source.value, stepper.loss.label, stepper.scope.label = str(other), "KL alone", "neighbours"
     stepper.distill.click()
     step = session.journal.head
-    assert step.result["text"] == str(other)
+    assert step.result["text"]["source"] == str(other)
     assert step.args["config"]["hidden_weight"] == 0.0 and step.args["trained"] == [1, 3]
 
 
