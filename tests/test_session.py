@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pandas as pd
 import pytest
@@ -815,8 +814,6 @@ def test_both_tables_call_a_student_the_same(make):
 
 
 def test_one_process_stays_here_and_more_are_launched(make, monkeypatch):
-    import types
-
     from ildlab.session import actions
 
     given = {}
@@ -826,8 +823,7 @@ def test_one_process_stays_here_and_more_are_launched(make, monkeypatch):
         files = {"checkpoint": checkpoint, "metrics_path": metrics_path}
         return (yield from actions.train_steps(student, teacher, blocks, config, gap=gap, **files))
 
-    module = types.SimpleNamespace(distill_steps=launched)
-    monkeypatch.setitem(sys.modules, "ildlab.distill.processes", module)
+    monkeypatch.setattr(actions, "spread_steps", launched)
     here, there = make("here"), make("there", processes=2)
     for session in (here, there):
         session.remove(2)
@@ -845,7 +841,6 @@ def test_one_process_stays_here_and_more_are_launched(make, monkeypatch):
         here.distill(processes=0)
 
 
-@pytest.mark.skipif(not find_spec("ildlab.distill.processes"), reason="distillation in several processes is to come")
 def test_two_processes_give_the_curve_of_one(make):
     one, two = make("one"), make("two", processes=2)
     for session in (one, two):
