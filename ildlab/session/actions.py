@@ -16,8 +16,8 @@ from typing import Any
 
 from ildlab.distill.checkpoint import decisive
 from ildlab.distill.config import DistillConfig, DistillResult
-from ildlab.distill.scope import match_points, resolve_scope
 from ildlab.distill.processes import distill_steps as spread_steps
+from ildlab.distill.scope import match_points, resolve_scope
 from ildlab.distill.train import distill_steps as train_steps
 from ildlab.errors import NotFiniteError, SessionError
 from ildlab.evaluate.record import Evaluation
