@@ -85,7 +85,7 @@ def test_damage_in_the_middle_is_an_error(run):
 
 def test_one_writer(run):
     run.close()
-    code = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); input()"
+    code = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code, str(run.folder / "lock")], **pipes) as other:
         assert other.stdout.readline() == "held\n"

@@ -16,6 +16,7 @@ from typing import Any
 
 from ildlab.distill.checkpoint import decisive
 from ildlab.distill.config import DistillConfig, DistillResult
+from ildlab.distill.processes import distill_steps as spread_steps
 from ildlab.distill.scope import match_points, resolve_scope
 from ildlab.distill.train import distill_steps as train_steps
 from ildlab.errors import NotFiniteError, SessionError
@@ -192,9 +193,7 @@ def _training(
     """The distillation itself, in this process or in several of their own."""
     steps, spread = train_steps, {}
     if processes > 1:
-        from ildlab.distill.processes import distill_steps as steps
-
-        spread = {"processes": processes, "teacher_name": run.loaded.name}
+        steps, spread = spread_steps, {"processes": processes, "teacher_name": run.loaded.name}
     metrics = run.journal.losses_of(len(run.steps))
     files = {"checkpoint": checkpoint, "metrics_path": metrics}
     return steps(run.student, run.teacher, blocks, config, gap=gap, **files, **spread)
