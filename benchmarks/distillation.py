@@ -17,19 +17,18 @@ ROWS, LENGTH, GAP, STEPS = 4, 512, 20, 2
 
 def bench() -> list[dict]:
     """Rows for `benchmarks/run.py`; a ratio is plain / ildlab for time, ildlab / plain for memory."""
-    measured = {side: _run(side) for side in ("plain", "all", "cached", "sampled")}
+    measured = {side: _run(side) for side in ("plain", "all", "sampled")}
     plain, whole = measured["plain"], measured["all"]
     shape = f"{ROWS} x {LENGTH} tokens, SmolLM2 without layer {GAP}, layers above it trained"
     notes = {
         "all": ("", f"the same loss; {shape}"),
-        "cached": (", teacher cache", "the same, from the second pass over a text on"),
-        "sampled": (f", KL at {LENGTH // 4} positions", f"kl_positions={LENGTH // 4} of {LENGTH}, no cache"),
+        "sampled": (f", KL at {LENGTH // 4} positions", f"kl_positions={LENGTH // 4} of {LENGTH}"),
     }
     rows = [
         {
             "name": f"distillation step, plain / ildlab{name}",
             "ratio": plain["seconds"] / measured[side]["seconds"],
-            "limit": ">= 2" if side == "cached" else None,
+            "limit": None,
             "note": f"{plain['seconds']:.1f} s and {measured[side]['seconds']:.1f} s; {note}",
         }
         for side, (name, note) in notes.items()
@@ -119,32 +118,24 @@ def _pruned(teacher):
     return model
 
 
-def ours(cached: bool = False, positions: int | None = None) -> dict:
+def ours(positions: int | None = None) -> dict:
     """Time steps of `distill_steps` with the plain form's loss."""
-    import tempfile
-
-    torch, base, _, teacher, tokens = _setup()
-    from ildlab.distill.teacher_cache import build
-
-    from ildlab.distill.train import DistillConfig, distill_steps
+    _, base, _, teacher, tokens = _setup()
+    from ildlab.distill.config import DistillConfig
+    from ildlab.distill.train import distill_steps
 
     student = teacher.share()
     student.remove(GAP)
     config = DistillConfig(
         scope="suffix", batch_size=ROWS, seed=0, hidden_loss="mse", reduction="token", kl_positions=positions
     )
-    with tempfile.TemporaryDirectory() as folder:
-        cache = None
-        if cached:
-            # What the loss needs, and the input of the lowest layer that trains.
-            cache = build(teacher, tokens, folder, depths=[GAP], show=False)
-        times, losses = [], []
-        loading = _peak()  # `distill_steps` counts anew, as its own report does
+    times, losses = [], []
+    loading = _peak()  # `distill_steps` counts anew, as its own report does
+    start = time.perf_counter()
+    for progress in distill_steps(student, teacher, tokens, config, gap=GAP):
+        times.append(time.perf_counter() - start)
+        losses.append(progress.partial["loss"])
         start = time.perf_counter()
-        for progress in distill_steps(student, teacher, tokens, config, gap=GAP, cache=cache):
-            times.append(time.perf_counter() - start)
-            losses.append(progress.partial["loss"])
-            start = time.perf_counter()
     mean = sum(times) / len(times)
     return {"seconds": min(times[1:]), "mean": mean, "loss": losses[0], "bytes": max(loading, _peak()) - base}
 
@@ -156,7 +147,8 @@ def plain() -> dict:
     torch, base, _, teacher, tokens = _setup()
     import torch.nn.functional as F
 
-    from ildlab.distill.train import DistillConfig, _rows_of
+    from ildlab.distill.batches import row_order
+    from ildlab.distill.config import DistillConfig
 
     model = _pruned(teacher)
     default = DistillConfig()
@@ -170,7 +162,7 @@ def plain() -> dict:
         one.model.norm.register_forward_pre_hook(lambda m, a, name=name: captured.__setitem__(name, a[0]))
     times, losses = [], []
     for step in range(math.ceil(len(tokens) / ROWS)):
-        batch = tokens[_rows_of(step, len(tokens), config)].long()
+        batch = tokens[row_order(step, len(tokens), config)].long()
         start = time.perf_counter()
         with torch.no_grad():
             want = teacher.model(input_ids=batch, output_hidden_states=True, use_cache=False)
@@ -239,7 +231,6 @@ if __name__ == "__main__":
     sides = {
         "plain": plain,
         "all": ours,
-        "cached": lambda: ours(cached=True),
         "sampled": lambda: ours(positions=LENGTH // 4),
         "optipfair": optipfair,
         "trl": trl,

@@ -18,7 +18,8 @@ import pandas as pd
 from judge_students import unspaced
 
 from ildlab import load_model, load_text
-from ildlab.distill.train import DistillConfig, distill
+from ildlab.distill.config import DistillConfig
+from ildlab.distill.train import distill
 from ildlab.evaluate.text_quality import evaluate
 from ildlab.model.stack import LayerStack
 from ildlab.text.sources import split_of
@@ -39,14 +40,13 @@ WAYS = {
     "window(3), KL + 0.5 CE": {"scope": "window(3)", "ce_weight": 0.5},
     "window(3), KL + relative MSE": {"scope": "window(3)", "hidden_weight": 1.0},
     "window(3), after each removal, 5e-4": {"scope": "window(3)", "spread": True, "learning_rate": 5e-4},
-    "LoRA, rank 32, 2e-3": {"lora_rank": 32, "learning_rate": 2e-3},
     "a share after each removal, 2e-4": {"spread": True, "learning_rate": 2e-4},
     "a share after each removal, 5e-4": {"spread": True, "learning_rate": 5e-4},
     "DistillConfig.paper()": {"paper": True},
 }
 
 
-def train(student: LayerStack, teacher: LayerStack, removed: list[int], blocks, fitting, way: dict) -> int:
+def train(student: LayerStack, teacher: LayerStack, removed: list[int], blocks, way: dict) -> int:
     """Remove the layers and distill in one of the ways; returns how many layers trained last."""
     way = dict(way)
     spread, paper = (way.pop(name, False) for name in ("spread", "paper"))
@@ -82,7 +82,7 @@ def main() -> None:
         "eval split": text("eval", 4096),
         "WikiText": load_text([wiki], tokenizer, block=128, tokens=4096, split=split_of(wiki)),
     }
-    train_blocks, fitting = text("train", args.tokens), text("calibration", 4096)
+    train_blocks = text("train", args.tokens)
 
     def judge(stack) -> dict:
         found = {}
@@ -101,7 +101,7 @@ def main() -> None:
         if args.ways and not any(part in name for part in args.ways):
             continue
         student, start = teacher.share(), time.perf_counter()
-        layers = train(student, teacher, args.removed, train_blocks, fitting, way)
+        layers = train(student, teacher, args.removed, train_blocks, way)
         seconds, found = time.perf_counter() - start, judge(student)
         won = {f"won back, {t}": (bare[t] - found[t]) / (bare[t] - whole[t]) for t in judged}
         left = {k: v for k, v in found.items() if k.startswith("KL")}

@@ -71,13 +71,9 @@ class Masters:
                 param.copy_(master)
 
     @torch.no_grad()
-    def copy(self, into: list[Tensor] | None = None) -> list[Tensor]:
-        """Copy the masters, into earlier copies where given."""
-        if into is None:
-            return [t.detach().clone() for t in self.tensors]
-        for there, t in zip(into, self.tensors, strict=True):
-            there.copy_(t)
-        return into
+    def copy(self) -> list[Tensor]:
+        """Copies of the masters."""
+        return [t.detach().clone() for t in self.tensors]
 
     @torch.no_grad()
     def write(self, values: Sequence[Tensor]) -> None:

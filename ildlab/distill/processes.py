@@ -33,6 +33,7 @@ from ildlab.progress import Progress, Work
 from ildlab.text.rows import Rows
 
 POLL = 0.2  # seconds between two looks at the metrics
+STEP = 600.0  # seconds that a step under way is waited for where the work is closed
 GRACE = 60.0  # seconds that processes are given to end by themselves
 
 
@@ -57,11 +58,12 @@ def distill_steps(
     teacher_name : str
         What `load_model` takes to load `teacher` again.
 
+    Closing the generator ends the processes, and the student gets the weights of the last step yielded, or a later one.
+
     Raises
     ------
     DistillError
         As there; or a process died: the student is as it was, and the message has the end of the processes' log.
-        Closing the generator ends the processes, and the student gets the weights of about the last step yielded.
     """
     files = {"checkpoint": checkpoint, "metrics_path": metrics_path}
     if processes == 1:
@@ -89,7 +91,7 @@ def distill_steps(
         except GeneratorExit:
             if history:
                 (folder / "stop").touch()
-                end = time.monotonic() + GRACE
+                end = time.monotonic() + STEP
                 while not (folder / "trained.safetensors").exists() and job.poll() is None and time.monotonic() < end:
                     time.sleep(POLL)
                 _take(folder, student, plan.trained)
@@ -116,9 +118,8 @@ def _give(folder: Path, student: LayerStack, teacher: LayerStack, plan: train.Pl
     twin = _pruned(teacher, student.layer_ids)
     theirs = dict(twin.model.named_parameters())
     own = {n: p for n, p in student.model.named_parameters() if p.data_ptr() != theirs[n].data_ptr()}
-    tensors = {f"student/{n}": p.detach().contiguous() for n, p in own.items()} | {"tokens": plan.text.tokens}
-    if plan.text.mask is not None:
-        tensors["mask"] = plan.text.mask
+    text = {"tokens": plan.text.tokens, "mask": plan.text.mask}
+    tensors = {f"student/{n}": p.detach() for n, p in own.items()} | {n: t for n, t in text.items() if t is not None}
     save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "given.safetensors")
     told = {
         "parent": os.getpid(),
@@ -208,10 +209,8 @@ def _work(folder: Path) -> None:
         raise DistillError(f"{told['teacher']!r} does not load the teacher in memory, which several processes need.")
     text = Rows(given["tokens"], given.get("mask"), told["source"], told["text"])
     config, files = DistillConfig.from_dict(told["config"]), {k: told[k] for k in ("checkpoint", "metrics_path")}
-    work, first = (
-        train.distill_steps(student, teacher, text, config, gap=told["gap"], **files),
-        os.environ["RANK"] == "0",
-    )
+    work = train.distill_steps(student, teacher, text, config, gap=told["gap"], **files)
+    first = os.environ["RANK"] == "0"
     for _ in work:
         if not psutil.pid_exists(told["parent"]):
             raise SystemExit("The notebook or program that asked for this distillation is gone.")

@@ -243,7 +243,8 @@ class Trainer:
             masters.write(self.good)
             raise NotFiniteError(_not_finite(batch.step, values, self.plan))
         if batch.step % SNAPSHOT == 0:
-            masters.copy(self.good)
+            self.good = []  # freed first, so that there is one copy at a time
+            self.good = masters.copy()
         rate = learning_rate(config, batch.step, self.plan.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -336,13 +337,9 @@ def _not_finite(step: int, values: list[float], plan: Plan) -> str:
     _, kl, ce, _, *distances, _, _, _ = values
     bad = [i for i, d in zip(plan.points, distances, strict=True) if not math.isfinite(d)]
     if bad:
-        cause = (
-            f"the hidden states after layers {bad} overflowed: lower learning_rate, or load the model in bf16 or fp32"
-        )
-    elif not math.isfinite(kl) or not math.isfinite(ce):
-        cause = (
-            "the logits overflowed (logit scaling): lower learning_rate, or load the model in bf16 or fp32, not fp16"
-        )
+        cause = f"the hidden states after layers {bad} overflowed: lower learning_rate, or load in bf16 or fp32"
+    elif not math.isfinite(kl + ce):
+        cause = "the logits overflowed (logit scaling): lower learning_rate, or load in bf16 or fp32, not fp16"
     else:
         cause = "only the gradient did: lower learning_rate, set clip, or raise temperature"
     return (
