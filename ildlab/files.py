@@ -18,15 +18,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def cache_dir(*parts: str) -> Path:
     """Folder for what can be made again: the prepared model, tokenised text.
 
-    Parameters
-    ----------
-    *parts : str
-        Sub-folders, made where they do not exist.
-
-    Returns
-    -------
-    Path
-        ``$ILDLAB_CACHE`` where that is set, else ``~/.cache/ildlab``; it exists when this returns.
+    ``$ILDLAB_CACHE`` where that is set, else ``~/.cache/ildlab``; with its sub-folders `parts` it exists when this returns.
 
     Raises
     ------
@@ -81,15 +73,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     well the temporary file is fsynced and renamed, and its folder fsynced, so that the rename
     survives a power cut; when it raises, the temporary file is removed and `path` stays as it was.
 
-    Parameters
-    ----------
-    path : path
-        Its folder is made where it does not exist.
-
-    Yields
-    ------
-    Path
-        In the same folder, with the same suffix.
+    The temporary path is in the same folder, which is made where it does not exist, and has the same suffix.
 
     Raises
     ------
@@ -121,16 +105,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 def write_atomic(path: str | os.PathLike, content: bytes | str) -> Path:
     """Write a file so that a reader, or a killed process, sees the old content or the new, never a part.
 
-    Parameters
-    ----------
-    path : path
-        Its folder is made where it does not exist.
-    content : bytes or str
-        A str is written as UTF-8 with its line ends as they are.
-
-    Returns
-    -------
-    Path
+    A str is written as UTF-8 with its line ends as they are. Returns the path.
 
     Raises
     ------

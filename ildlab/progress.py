@@ -22,38 +22,23 @@ PATIENCE = 1.0  # seconds of work from which on a notebook shows a bar
 class Progress:
     """How far a piece of long work is.
 
-    Parameters
-    ----------
-    done, total : int
-        Units done so far, and in all.
-    note : str
-        One short line for a person.
-    partial : Any
-        The result so far, where the work has one worth showing (scores, a loss record).
-    stage : str
-        What part of longer work this is, where it has parts.
+    `partial` is the result so far, where the work has one worth showing (scores, a loss record).
     """
 
-    done: int
-    total: int
-    note: str = ""
+    done: int  # units so far,
+    total: int  # and in all
+    note: str = ""  # one short line for a person
     partial: Any = None
-    stage: str = ""
+    stage: str = ""  # what part of longer work this is, where it has parts
 
 
 Work = Generator[Progress, None, T]
 
 
 def relabel(work: Work[T], label: str, of: tuple[int, int] | None = None) -> Work[T]:
-    """Pass a generator's progress on under a label; as a stage of longer work where `of` is given.
+    """Pass a generator's progress on, `label` before each note.
 
-    Parameters
-    ----------
-    work : generator of Progress
-    label : str
-        Stands before each note.
-    of : (done, total), optional
-        Of the longer work; the stage's own counts then go into the note.
+    As a stage of longer work where `of` gives the longer work's (done, total); the stage's own counts go into the note.
     """
     try:
         while True:
@@ -69,28 +54,33 @@ def relabel(work: Work[T], label: str, of: tuple[int, int] | None = None) -> Wor
         work.close()
 
 
-def lines(work: Work[T], *, every: float = 10.0) -> T:
-    """Run a generator of `Progress` to its end, printing plain lines; for logs and batch notebooks.
-
-    Parameters
-    ----------
-    work : generator of Progress
-    every : float
-        Seconds between two lines; a change of `done` or of the stage is printed at once.
-    """
-    start = last = time.perf_counter()
-    place = None
+def _run(work: Work[T], see: Callable[[Progress], Any]) -> T:
+    """Run a generator to its end, showing each of its `Progress` to `see`."""
     try:
         while True:
-            progress = next(work)
-            now = time.perf_counter()
-            if (progress.done, progress.stage) != place or now - last >= every:
-                print(f"{now - start:6.0f} s  {progress.done}/{progress.total}  {progress.note}", flush=True)
-                place, last = (progress.done, progress.stage), now
+            see(next(work))
     except StopIteration as stop:
         return stop.value
     finally:
         work.close()
+
+
+def lines(work: Work[T], *, every: float = 10.0) -> T:
+    """Run a generator of `Progress` to its end, printing plain lines; for logs and batch notebooks.
+
+    `every` is the seconds between two lines; a change of `done` or of the stage is printed at once.
+    """
+    start = last = time.perf_counter()
+    place = None
+
+    def see(progress: Progress) -> None:
+        nonlocal place, last
+        now = time.perf_counter()
+        if (progress.done, progress.stage) != place or now - last >= every:
+            print(f"{now - start:6.0f} s  {progress.done}/{progress.total}  {progress.note}", flush=True)
+            place, last = (progress.done, progress.stage), now
+
+    return _run(work, see)
 
 
 def _in_notebook() -> bool:
@@ -103,13 +93,7 @@ def _in_notebook() -> bool:
 def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     """Run a generator of `Progress` to its end and return what it returns.
 
-    Parameters
-    ----------
-    work : generator of Progress
-    desc : str
-        Label of the bar.
-    show : bool, optional
-        Draw a tqdm bar; by default only where stderr is a terminal, or in a notebook.
+    A tqdm bar labelled `desc` is drawn where `show` asks for it; by default where stderr is a terminal, or in a notebook.
     """
     from tqdm import tqdm
 
@@ -121,19 +105,17 @@ def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     place = sys.stdout if notebook else sys.stderr
     begin = time.perf_counter() + (PATIENCE if notebook else 0)
     bar = None
+
+    def see(progress: Progress) -> None:
+        nonlocal bar
+        if show and time.perf_counter() >= begin:
+            bar = bar or tqdm(total=progress.total, desc=desc, leave=False, file=place)
+            bar.total, bar.n = progress.total, progress.done
+            bar.set_postfix_str(progress.note, refresh=True)
+
     try:
-        while True:
-            progress = next(work)
-            if show and time.perf_counter() >= begin:
-                if bar is None:
-                    bar = tqdm(total=progress.total, desc=desc, leave=False, file=place)
-                bar.total = progress.total
-                bar.n = progress.done
-                bar.set_postfix_str(progress.note, refresh=True)
-    except StopIteration as stop:
-        return stop.value
+        return _run(work, see)
     finally:
-        work.close()
         if bar is not None:
             bar.close()
 
