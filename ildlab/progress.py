@@ -109,7 +109,8 @@ def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     def see(progress: Progress) -> None:
         nonlocal bar
         if show and time.perf_counter() >= begin:
-            bar = bar or tqdm(total=progress.total, desc=desc, leave=False, file=place)
+            if bar is None:
+                bar = tqdm(total=progress.total, desc=desc, leave=False, file=place)
             bar.total, bar.n = progress.total, progress.done
             bar.set_postfix_str(progress.note, refresh=True)
 
