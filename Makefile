@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,eval,lora
+EXTRAS := dev,eval
 STAMP := $(VENV)/.setup-stamp
 CACHE := $(or $(ILDLAB_CACHE),$(HOME)/.cache/ildlab)
 MODEL := $(CACHE)/models/smollm2-135m/config.json
