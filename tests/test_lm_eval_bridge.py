@@ -211,11 +211,13 @@ def test_cut_contexts_are_noted_and_a_nan_is_an_error(stack, teacher, tmp_path):
         score_suite(broken, teacher.tokenizer, tmp_path / "tasks" / "nan.yaml")
 
 
-def test_a_sweep_refuses_it(stack, teacher, generating):
+def test_layers_are_measured_by_really_evaluating_without_each(stack, teacher, generating):
     suite = load_suite(generating)
     assert not suite.swept and suite.name == "goes_on"
-    with pytest.raises(MeasureError, match="by itself"):
-        measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer)
+    scores = measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer, limit=1)
+    assert scores.details["way"] == "separate evaluations" and len(scores.table) == len(stack)
+    with pytest.raises(MeasureError, match="Use race=False"):
+        measure(stack, None, "task", suite=suite, tokenizer=teacher.tokenizer, race=True)
 
 
 def test_its_name_follows_its_files(generating):
