@@ -22,7 +22,7 @@ from ildlab.model.head import beside_teacher, in_fp64
 from ildlab.model.shared import both_final, shared_prefix
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work, drive
-from ildlab.stats import interval, mean, means, resamples
+from ildlab.stats import interval, means, resamples
 from ildlab.text.rows import Rows
 
 CANARIES = 20  # rows of each probe: they are to be cheap, and a collapse shows on few
@@ -133,25 +133,20 @@ def _text_steps(student, teacher, rows: Rows, batch_size: int) -> Work[dict[str,
         count, nll, teacher_nll, kl, agreed = sums.sum(0).tolist()
         note = f"text: perplexity {math.exp(nll / count):.2f}, KL {kl / count:.4f}"
         yield Progress(int(picked[-1]) + 1, len(rows.tokens), note)
-    low, high = _kl_interval(sums[:, 3:4] / sums[:, :1], sums[:, 0])
+    low = high = kl / count
+    if len(sums) > 1:
+        per_block = sums[:, 3:4] / sums[:, :1]  # [N, 1]
+        draws = means(resamples(len(sums)), per_block, sums[:, 0])[:, 0]
+        low, high = (float(bound) for bound in interval(kl / count, draws, len(sums)))
     return {
         "perplexity": math.exp(nll / count),
         "teacher_perplexity": math.exp(teacher_nll / count),
         "kl": kl / count,
-        "kl_low": low,
+        "kl_low": max(0.0, low),
         "kl_high": high,
         "agreement": agreed / count,
         "tokens": int(count),
     }
-
-
-def _kl_interval(kl: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """95% interval of the mean of `kl` [N, 1] of N blocks; the mean itself where there is one block."""
-    whole = mean(kl, counts)[0]
-    if len(kl) == 1:
-        return float(whole), float(whole)
-    low, high = interval(whole, means(resamples(len(kl)), kl, counts)[:, 0], len(kl))
-    return max(0.0, float(low)), float(high)
 
 
 def _sizes(stack: LayerStack, prefix: str) -> dict[str, int]:
