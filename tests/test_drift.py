@@ -8,10 +8,16 @@ import torch
 from scipy import stats
 
 from ildlab.errors import MeasureError
+from ildlab.importance import hidden_states
 from ildlab.importance.agreement import rank_agreement
 from ildlab.importance.dispatch import measure
 from ildlab.importance.hidden_states import block_distances, drift, logit_lens, redundancy, token_drift
 from ildlab.model.stack import LayerStack
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(hidden_states, "BATCH", 2)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def test_redundancy(pair, tokens, kind, skip_first):
             for a in states
         ]
     )
-    got = redundancy(teacher, tokens, kind, skip_first=skip_first, batch_size=2)
+    got = redundancy(teacher, tokens, kind, skip_first=skip_first)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     assert list(got.index) == [0, 1, 2, 3, 4, "out"] == list(got.columns)
 
@@ -63,18 +69,20 @@ def unbiased_hsic(k, m):
     )
 
 
-def test_cka(pair, tokens):
+def test_cka(pair, tokens, monkeypatch):
+    monkeypatch.setattr(hidden_states, "BATCH", 5)
     teacher, _ = pair
     states = [h.flatten(0, 1) for h in doubles(teacher, tokens)]
     grams = [h @ h.T for h in states]
     want = np.array([[unbiased_hsic(a, b) for b in grams] for a in grams])
     want /= np.sqrt(np.outer(want.diagonal(), want.diagonal()))
-    np.testing.assert_allclose(redundancy(teacher, tokens, "cka", batch_size=5), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(redundancy(teacher, tokens, "cka"), want, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(hidden_states, "BATCH", 3)
     # Minibatches of tokens, their HSIC summed before the quotient: here two batches of 36 and 24 tokens.
     parts = [[h[a:b] @ h[a:b].T for h in states] for a, b in ((0, 36), (36, 60))]
     want = sum(np.array([[unbiased_hsic(a, b) for b in grams] for a in grams]) for grams in parts)
     want /= np.sqrt(np.outer(want.diagonal(), want.diagonal()))
-    np.testing.assert_allclose(redundancy(teacher, tokens, "cka", batch_size=3), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(redundancy(teacher, tokens, "cka"), want, rtol=1e-4, atol=1e-5)
 
 
 def test_block_distances(pair, tokens):
@@ -98,7 +106,7 @@ def test_drift(pair, tokens, kind):
         b = theirs[at]
         value = 1 - torch.cosine_similarity(a, b, -1) if kind == "cosine" else (a - b).norm(dim=-1) / b.norm(dim=-1)
         want.append(value)
-    got = drift(student, teacher, tokens, kind, batch_size=2)
+    got = drift(student, teacher, tokens, kind)
     assert list(got.index) == [0, 1, 3, 4, "out"]
     np.testing.assert_allclose(got.drift, [float(w.mean()) for w in want], rtol=1e-5, atol=1e-9)
     assert (got.ci_low <= got.drift).all() and (got.drift <= got.ci_high).all() and got.drift[1] == 0

@@ -2,7 +2,7 @@
 
 `measure` (dispatch) checks the options (config) and hands on to one of three: one_pass reads hidden states, ablation
 the NLL or KL without each layer, task a suite's aggregate; the last two go down the trunk-shared sweep and may race.
-Values come in row by row (samples, batches) and end in `LayerScores` (scores). Beside them, agreement compares
+Values come in batch by batch (samples) and end in `LayerScores` (scores). Beside them, agreement compares
 rankings, and hidden_states (cka) compares hidden states across layers and models.
 """
 

@@ -30,14 +30,9 @@ FIRST = 2  # sequences of a race's first batch, on which the prior drops the hop
 def ablation_steps(
     student: LayerStack, rows: Rows, config: MeasureConfig, teacher: LayerStack | None = None
 ) -> Work[LayerScores]:
-    """Sweep all layers, or race them; `MeasureConfig` documents the options.
-
-    In a race, Block Influence of the first small batch's tokens is the prior: a layer that both rate far above the
-    others is dropped at once. It also ends when the text runs out.
-    """
+    """Sweep all layers, or race them; in a race, Block Influence of the first batch's tokens is the prior."""
     total, depth = len(rows.tokens), len(student)
-    places = Positions.sample(rows, config.positions, config.seed, predict=config.metric == "nll")
-    job = _Job(student, teacher, rows, config, places)
+    job = _Job(student, teacher, rows, config)
     group = config.batch_size
     if not config.race:  # a race would decide too late
         one = rows.tokens.shape[1] * student.hidden_size * student.model.dtype.itemsize * (depth + 1)
@@ -64,7 +59,7 @@ def ablation_steps(
             if race.over:
                 break
         if collected.count < total:
-            yield Progress(collected.count, total, note, collected.scores() if collected.count > 1 else None)
+            yield collected.progress(note)
     scores = collected.scores()
     yield Progress(total, total, details.get("stopped", ""), scores)
     return scores
@@ -77,18 +72,14 @@ class _Job:
     `want_prior` the Block Influence of all L layers on the same tokens.
     """
 
-    def __init__(
-        self, student: LayerStack, teacher: LayerStack | None, rows: Rows, config: MeasureConfig, places: Positions
-    ):
-        self.student, self.teacher, self.rows, self.config, self.places = student, teacher, rows, config, places
+    def __init__(self, student: LayerStack, teacher: LayerStack | None, rows: Rows, config: MeasureConfig):
+        self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
+        self.places = Positions.sample(rows, config.positions, config.seed, predict=config.metric == "nll")
         self.alive = student.layer_ids
         self.want_prior = False
         self.passes = 0  # of a layer, for a batch
         # Up to where teacher and student are one: one pass serves both.
         self.prefix = shared_prefix(student, teacher) if config.metric == "kl" else 0
-
-    def _count(self, passes: int) -> None:
-        self.passes += passes
 
     @torch.no_grad()
     def __call__(self, picked: np.ndarray) -> Tensor:
@@ -99,6 +90,10 @@ class _Job:
         view = _TrunkView(trunks, self.prefix, self.want_prior)
         damage: list[list[Tensor]] = [[] for _ in parts]  # [b][i]: at each scored position, [B * P]
         reference: list[Tensor] = []  # the teacher's h[L] at the scored positions of each batch, [B * P, d]
+
+        def count(passes: int) -> None:
+            self.passes += passes
+
         waves = branches(
             self.student,
             trunks,
@@ -106,7 +101,7 @@ class _Job:
             max_branch_bytes=self.config.max_branch_bytes,
             reach=len(self.student) if nll or self.want_prior else self.prefix,
             on_trunk=view,
-            count=self._count,
+            count=count,
         )
         for _, hidden in waves:
             # Only the scored positions live on: [A'][b] of [B, T, d] -> [b][A'] of [B * P, d]
@@ -131,31 +126,30 @@ class _Job:
             tables.append(torch.stack([*means, place.weights, *view.influence[b]], 1))  # [B, A + 2 (+ L)]
         return torch.cat(tables)  # [n, A + 2 (+ L)]
 
-    def _teacher_final(self, parts: list[np.ndarray], at_prefix: dict[int, Tensor]) -> list[Tensor]:
+    def _teacher_final(self, parts: list[np.ndarray], at_prefix: list[Tensor]) -> list[Tensor]:
         """The teacher's h[L] [B, T, d] of each batch, from where the trunk already carried it."""
-        hidden = [at_prefix[b] for b in range(len(parts))] if at_prefix else None
-        start = self.prefix if at_prefix else 0
+        start = self.prefix if at_prefix else 0  # the first of several waves may end below the prefix
         if start == len(self.teacher):
-            return hidden
+            return at_prefix
         trunks = [self.teacher.trunk(self.rows.batch(part)) for part in parts]
-        *_, final = climb(self.teacher, trunks, hidden, start)
+        *_, final = climb(self.teacher, trunks, at_prefix or None, start)
         self.passes += len(parts) * (len(self.teacher) - start)
         return final
 
 
 class _TrunkView:
-    """Keeps what an ablation needs of the trunk's hidden states as they come by."""
+    """Keeps what an ablation needs of the trunk's hidden states as they come by, [B, T, d] a batch."""
 
     def __init__(self, trunks: Sequence[Trunk], prefix: int, want_prior: bool):
         self.trunks, self.prefix, self.want_prior = trunks, prefix, want_prior
-        self.hidden: dict[int, Tensor] = {}  # the last one seen of each batch, [B, T, d]
-        self.at_prefix: dict[int, Tensor] = {}  # h[prefix], which is the teacher's too
+        self.hidden: list[Tensor] = []  # the last ones seen
+        self.at_prefix: list[Tensor] = []  # h[prefix], which is the teacher's too
         self.influence: list[list[Tensor]] = [[] for _ in trunks]  # [b][layer]: [B]
 
-    def __call__(self, q: int, b: int, hidden: Tensor) -> None:
-        if self.want_prior and q:
-            turned = apart(self.hidden[b], hidden, "block_influence")  # [B, T, d] -> [B, T]
+    def __call__(self, q: int, hidden: list[Tensor]) -> None:
+        for b, before in enumerate(self.hidden if self.want_prior else ()):
+            turned = apart(before, hidden[b], "block_influence")  # [B, T, d] -> [B, T]
             self.influence[b].append(token_mean(turned, self.trunks[b].attention_mask))
-        self.hidden[b] = hidden
+        self.hidden = list(hidden) if self.want_prior else hidden  # which goes up with the trunk
         if q == self.prefix and q:
-            self.at_prefix[b] = hidden
+            self.at_prefix = list(hidden)

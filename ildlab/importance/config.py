@@ -29,11 +29,10 @@ class MeasureConfig:
     Parameters
     ----------
     metric : str
-        One forward pass: "block_influence", "angular_distance", "mse", "relative_l2", "lrp"; weights alone:
-        "magnitude"; forward and backward: "taylor" (`ildlab.importance.one_pass` defines them). Exact ablation
-        by a trunk-shared sweep: "nll", the increase of the negative log-likelihood per token when the layer is
-        skipped, and "kl", KL(teacher || student without the layer) per token, both in nats; "task", the drop of
-        a suite's aggregate.
+        "block_influence", "angular_distance", "mse", "relative_l2", "lrp", "magnitude", "taylor": see
+        `ildlab.importance.one_pass`. By exact ablation, "nll", the increase of the negative log-likelihood per token
+        when the layer is skipped, and "kl", KL(teacher || student without the layer) per token, both in nats; "task",
+        the drop of a suite's aggregate.
     race : bool
         nll, kl, task: stop scoring layers that surely are not the least important one (`ildlab.importance.race`).
     positions : int, optional
@@ -46,11 +45,11 @@ class MeasureConfig:
     confidence : float
         Of the intervals, and of a race.
     tie : float, optional
-        nll, kl, task: what may be lost by picking one of two layers so near to each other, at which a race ends (the
-        indifference zone of Bechhofer 1954). By default 0.02 nats per token, and 0.005 of a suite's aggregate.
+        nll, kl, task: what may be lost by picking one of two near layers, at which a race ends (the indifference zone
+        of Bechhofer 1954). By default 0.02 nats per token, and 0.005 of a suite's aggregate.
     max_branch_bytes : int
-        Memory that the branches' hidden states may take; more of them go in waves. With offloaded layers as many
-        sequences as fit go through each layer while it is loaded.
+        Memory for the branches' hidden states; more of them go in waves. With offloaded layers as many sequences as
+        fit go through each layer while it is loaded.
     suite : str or Suite
         task: what `ildlab.evaluate.suites.load_suite` takes.
     limit : int, optional
@@ -112,6 +111,5 @@ def check_options(metric: str, options: dict[str, Any]) -> MeasureConfig:
 
 
 def _no_option(metric: str, name: str) -> MeasureError:
-    return MeasureError(
-        f"measure({metric!r}) has no option {name!r}. It has: {', '.join(sorted(options_of(metric)))}."
-    )
+    known = ", ".join(sorted(options_of(metric)))
+    return MeasureError(f"measure({metric!r}) has no option {name!r}. It has: {known}.")

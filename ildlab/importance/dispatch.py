@@ -43,9 +43,7 @@ def measure_steps(
         raise MeasureError("The metric 'kl' compares with the teacher: give teacher=.")
     rows = None if metric == "magnitude" else Rows.of(blocks)
     if rows is not None and len(rows.tokens) < 2:
-        raise MeasureError(
-            f"{len(rows.tokens)} sequence(s): an interval needs at least 2. Give more text, or shorter blocks."
-        )
+        raise MeasureError("1 sequence: an interval needs at least 2. Give more text, or shorter blocks.")
     if metric in ONE_PASS:
         return (yield from one_pass_steps(student, rows, config))
     return (yield from ablation_steps(student, rows, config, teacher))
@@ -67,10 +65,8 @@ def measure(
     ----------
     blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
         Tokens to score on; each row is one sequence. "magnitude" and "task" read none.
-    teacher : LayerStack, optional
-        For "kl".
-    tokenizer : optional
-        For "task": the student's.
+    teacher, tokenizer : optional
+        The teacher's LayerStack for "kl"; the student's tokenizer for "task".
     show : bool, optional
         Draw a progress bar (see `ildlab.progress.drive`).
     metric, **options
@@ -79,8 +75,7 @@ def measure(
     Raises
     ------
     MeasureError
-        A metric or option that does not exist, a missing teacher, suite or tokenizer, fewer than 2 sequences, or a
-        score that is NaN or infinite (names layer and batch).
+        Bad options, a missing teacher, suite or tokenizer, fewer than 2 sequences, or a score that is not finite.
     """
     work = measure_steps(student, blocks, metric, teacher, tokenizer=tokenizer, **options)
     return drive(work, desc=f"measure {metric}", show=show)

@@ -26,25 +26,18 @@ from ildlab.progress import Progress, Work, drive
 from ildlab.stats import interval, mean, means, resamples
 from ildlab.text.rows import Rows
 
-OUT = "out"
 AS = {"cosine": "block_influence", "relative_l2": "relative_l2"}  # kind of drift -> the same between two layers
+BATCH = 4  # sequences whose hidden states are in memory at one time
 TOKENS = 256  # whose [L+1, L+1] cosines are made at one time
 
 
 def redundancy(
-    model: LayerStack,
-    blocks: Any,
-    kind: str = "cosine",
-    *,
-    skip_first: bool = False,
-    batch_size: int = 4,
-    show: bool | None = None,
+    model: LayerStack, blocks: Any, kind: str = "cosine", *, skip_first: bool = False, show: bool | None = None
 ) -> pd.DataFrame:
-    """Likeness (or distance) of every two hidden states h[i], h[j].
+    """Likeness (or distance) of every two hidden states h[i], h[j] on blocks, as `measure` takes them.
 
     Parameters
     ----------
-    blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
     kind : {"cosine", "angular", "cka"}
         Mean over tokens of the cosine of h[i] and h[j], or of the angle between them over pi (a distance); linear CKA.
     skip_first : bool
@@ -55,7 +48,7 @@ def redundancy(
     DataFrame [L+1, L+1], indexed both ways by layer id and, last, "out". MeasureError where it is not finite.
     """
     _check(kind, ("cosine", "angular", "cka"))
-    work = _redundancy_steps(model, Rows.of(blocks), kind, skip_first, batch_size)
+    work = _redundancy_steps(model, kind, _batches(Rows.of(blocks), skip_first))
     return drive(work, desc=f"redundancy ({kind})", show=show)
 
 
@@ -84,23 +77,21 @@ def drift(
     kind: str = "cosine",
     *,
     skip_first: bool = False,
-    batch_size: int = 4,
     show: bool | None = None,
 ) -> pd.DataFrame:
-    """How far the student's hidden states are from the teacher's at the same layer id.
+    """How far the student's hidden states are from the teacher's at the same layer id, of which it has all.
 
     Parameters are those of `redundancy`, but for `kind`, {"cosine", "relative_l2"}: mean over tokens of 1 - cosine, or
-    of |student - teacher| / |teacher|. The student's layer ids are among the teacher's.
+    of |student - teacher| / |teacher|.
 
     Returns
     -------
     DataFrame, indexed by the student's layer ids and "out"
-        `drift`, `ci_low`, `ci_high` (95% bootstrap over sequences; NaN for one) and `n` (sequences). 0 everywhere
-        below the first change.
+        `drift` (0 below the first change), `ci_low`, `ci_high` (95% bootstrap over sequences), `n` (sequences).
     """
     _check(kind, AS)
     _check_pair(student, teacher)
-    work = _drift_steps(student, teacher, Rows.of(blocks), kind, skip_first, batch_size)
+    work = _drift_steps(student, teacher, kind, _batches(Rows.of(blocks), skip_first))
     return drive(work, desc=f"drift ({kind})", show=show)
 
 
@@ -180,7 +171,7 @@ def _check_pair(student: LayerStack, teacher: LayerStack) -> None:
 
 
 def _labels(stack: LayerStack) -> pd.Index:
-    return pd.Index([*stack.layer_ids, OUT], name="layer_id", dtype=object)
+    return pd.Index([*stack.layer_ids, "out"], name="layer_id", dtype=object)
 
 
 def _encode(text: Any, tokenizer: Any) -> tuple[Tensor, list[str]]:
@@ -203,20 +194,19 @@ def _pairs(student: LayerStack, teacher: LayerStack, batch: Any) -> Iterator[tup
         yield mine, next(hidden for at, hidden in theirs if at == label)
 
 
-def _batches(rows: Rows, batch_size: int, skip_first: bool) -> Iterator[tuple[np.ndarray, Any, Tensor]]:
-    """Batch by batch: its rows, what a stack takes, and which of its tokens count [B, T]."""
+def _batches(rows: Rows, skip_first: bool) -> Iterator[tuple[Any, Tensor, Progress]]:
+    """Batch by batch: what a stack takes, which of its tokens count [B, T], and how far that is."""
     mask = torch.ones_like(rows.tokens, dtype=torch.bool) if rows.mask is None else rows.mask
-    for picked in rounds(len(rows.tokens), batch_size):
+    for picked in rounds(len(mask), BATCH):
         valid = mask[picked]
-        yield picked, rows.batch(picked), valid & (valid.cumsum(1) > 1) if skip_first else valid
+        valid = valid & (valid.cumsum(1) > 1) if skip_first else valid
+        yield rows.batch(picked), valid, Progress(picked[-1] + 1, len(mask))
 
 
 @torch.no_grad()
-def _redundancy_steps(
-    model: LayerStack, rows: Rows, kind: str, skip_first: bool, batch_size: int
-) -> Work[pd.DataFrame]:
+def _redundancy_steps(model: LayerStack, kind: str, batches: Iterator) -> Work[pd.DataFrame]:
     cka, above, count = Cka(), 0.0, 0
-    for picked, batch, valid in _batches(rows, batch_size, skip_first):
+    for batch, valid, progress in batches:
         valid = valid.to(model.device)
         states = torch.stack([h[valid] for h in model.walk(batch)])  # [L+1, tokens, d] of this batch alone
         if kind == "cka":
@@ -228,7 +218,7 @@ def _redundancy_steps(
                 cosine = u @ u.mT  # [tokens, L+1, L+1]
                 above = above + (cosine if kind == "cosine" else cosine.clamp(-1, 1).arccos() / torch.pi).sum(0)
                 count += len(u)
-        yield Progress(picked[-1] + 1, len(rows.tokens))
+        yield progress
     matrix = (cka.matrix() if kind == "cka" else above / max(count, 1)).cpu().double().numpy()
     if kind == "angular":
         np.fill_diagonal(matrix, 0.0)  # arccos of a rounded 1
@@ -237,22 +227,19 @@ def _redundancy_steps(
 
 
 @torch.no_grad()
-def _drift_steps(
-    student: LayerStack, teacher: LayerStack, rows: Rows, kind: str, skip_first: bool, batch_size: int
-) -> Work[pd.DataFrame]:
-    total, labels = len(rows.tokens), _labels(student)
-    values, weights = np.empty((total, len(labels))), np.empty(total)  # [N, L+1], [N]
-    for picked, batch, valid in _batches(rows, batch_size, skip_first):
-        valid = valid.to(student.device)
-        pairs = _pairs(student, teacher, batch)
-        columns = [token_mean(apart(theirs, mine, AS[kind]), valid) for mine, theirs in pairs]  # L+1 of [B]
-        values[picked] = torch.stack(columns, 1).cpu().numpy()  # [B, L+1]
-        weights[picked] = valid.sum(1).cpu().numpy()
-        yield Progress(picked[-1] + 1, total)
-    score = mean(values, weights)
-    table = _finite(pd.DataFrame({"drift": score}, index=labels), kind)
-    low, high = interval(score, means(resamples(total), values, weights), total)
-    return table.assign(ci_low=low, ci_high=high, n=total)
+def _drift_steps(student: LayerStack, teacher: LayerStack, kind: str, batches: Iterator) -> Work[pd.DataFrame]:
+    found, counts = [], []
+    for batch, valid, progress in batches:
+        here, pairs = valid.to(student.device), _pairs(student, teacher, batch)
+        columns = [token_mean(apart(theirs, mine, AS[kind]), here) for mine, theirs in pairs]  # L+1 of [B]
+        found.append(torch.stack(columns, 1).cpu().double())  # [B, L+1]
+        counts.append(valid.sum(1))
+        yield progress
+    values, weights = torch.cat(found).numpy(), torch.cat(counts).numpy()  # [N, L+1], [N]
+    score, n = mean(values, weights), len(values)
+    table = _finite(pd.DataFrame({"drift": score}, index=_labels(student)), kind)
+    low, high = interval(score, means(resamples(n), values, weights), n)
+    return table.assign(ci_low=low, ci_high=high, n=n)
 
 
 def _finite(table: pd.DataFrame, kind: str) -> pd.DataFrame:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,17 +64,14 @@ def one_pass_steps(student: LayerStack, rows: Rows | None, config: MeasureConfig
         values = run(picked)
         collected.add(picked, student.layer_ids, values[:, :-1], values[:, -1])
         if collected.count < total:
-            note = run.notes[-1] if run.notes else ""
-            yield Progress(collected.count, total, note, collected.scores() if collected.count > 1 else None)
+            yield collected.progress(run.notes[-1] if run.notes else "")
     scores = collected.scores()
     yield Progress(total, total, "", scores)
     return scores
 
 
-def _values(
-    student: LayerStack, rows: Rows, config: MeasureConfig, places: Positions | None, picked: np.ndarray
-) -> Tensor:
-    """Values and, last, weights (tokens scored) of some rows: [n, L + 1]."""
+def _values(student: LayerStack, rows: Rows, config: MeasureConfig, places: Positions | None, picked) -> Tensor:
+    """Values and, last, weights (tokens scored) of the rows picked [n]: [n, L + 1]."""
     parts = [picked[i : i + config.batch_size] for i in range(0, len(picked), config.batch_size)]
     batches = [rows.batch(part) for part in parts]
     if places is not None:
@@ -158,8 +154,7 @@ def _query_projections(student: LayerStack) -> list[nn.Linear]:
         if len(found) != 1:
             raise MeasureError(
                 f"The metric 'lrp' reads the query projection of each layer; layer {layer_id} of "
-                f"{type(student.model).__name__} has {len(found) or 'none'} of its own (queries, keys and values may "
-                "be fused into one matrix, or the layer has no attention). Choose another metric."
+                f"{type(student.model).__name__} has {len(found) or 'none'} of its own. Choose another metric."
             )
         projections += found
     return projections

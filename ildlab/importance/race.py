@@ -35,16 +35,12 @@ class Race:
         prior: np.ndarray | None = None,
         halve: np.ndarray | None = None,
     ) -> None:
-        """Drop each layer whose paired difference to the best so far is surely positive.
-
-        The race is over when one layer is left, or when surely none that is left is better than the best by more than
-        `tie`.
+        """Drop what is surely above the best so far; over when one layer is left, or all that are left tie with it.
 
         Parameters
         ----------
-        values : ndarray [n, A]
+        values, weights : ndarray [n, A], [n]
             Damage of each layer of `alive` on each observation (sequence, example).
-        weights : ndarray [n]
         prior : ndarray [A], optional
             A second opinion: a layer that both rate far above the others goes at once.
         halve : ndarray [A], optional

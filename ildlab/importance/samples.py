@@ -15,6 +15,7 @@ from ildlab.errors import MeasureError
 from ildlab.importance.config import MeasureConfig
 from ildlab.importance.scores import LayerScores
 from ildlab.model.head import in_fp64
+from ildlab.progress import Progress
 from ildlab.text.rows import Rows
 
 
@@ -29,10 +30,9 @@ class Positions:
 
     @classmethod
     def sample(cls, rows: Rows, count: int | None, seed: int, *, predict: bool) -> Positions:
-        """Draw `count` positions of each sequence without replacement (None: all), from its own stream.
+        """Draw `count` positions of each sequence without replacement (None: all); `predict`: only with a next token.
 
-        A sequence's positions depend on the seed and its row alone, so not on the batch size.
-        `predict`: only positions with a valid next token.
+        They depend on the seed and the row alone, so not on the batch size.
         """
         n, length = rows.tokens.shape
         able = torch.ones(n, length, dtype=torch.bool) if rows.mask is None else rows.mask.clone()
@@ -80,8 +80,8 @@ def to_host(values: Tensor) -> np.ndarray:
 def _is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or in main memory."""
     words = ("out of memory", "can't allocate memory", "not enough memory")
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return memory or (isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 class SmallerOnOOM:
@@ -107,10 +107,8 @@ class SmallerOnOOM:
                 if not _is_out_of_memory(error):
                     raise
                 if len(part) == 1:
-                    raise MeasureError(
-                        "Out of memory with a single sequence in the batch. Use shorter blocks, score fewer "
-                        "`positions`, lower `max_branch_bytes`, or load the model with device_map and offload."
-                    ) from error
+                    advice = "Use shorter blocks, fewer `positions`, a lower `max_branch_bytes`, or offload layers."
+                    raise MeasureError(f"Out of memory with a single sequence in the batch. {advice}") from error
             # Out of the except block: the traceback no longer holds the failed batch's tensors.
             self.batch_size = max(1, len(part) // 2)
             self.notes.append(f"out of memory: batch size lowered from {len(part)} to {self.batch_size}")
@@ -145,8 +143,7 @@ class Collector:
             row, column = np.argwhere(bad)[0]
             raise MeasureError(
                 f"{self.config.metric} of layer {layer_ids[column]} is {values[row, column]} in batch {self.batches} "
-                f"(sequence {rows[row]}): the model overflows there. Load it in float32 or bfloat16, or look "
-                "at the text of that sequence."
+                f"(sequence {rows[row]}): the model overflows there. Load it in float32 or bfloat16."
             )
         self.values[np.ix_(rows, self._columns(layer_ids))] = values
         self.weights[rows] = weights
@@ -169,6 +166,10 @@ class Collector:
             confidence=self.config.confidence,
             details=self.details,
         )
+
+    def progress(self, note: str) -> Progress:
+        """How far the metric is, with the scores so far."""
+        return Progress(self.count, len(self.values), note, self.scores() if self.count > 1 else None)
 
     def _columns(self, layer_ids: Sequence[int]) -> list[int]:
         return [self.layer_ids.index(i) for i in layer_ids]

@@ -60,9 +60,7 @@ class LayerScores:
         scored = ~np.isnan(x)
         n = scored.sum(0)
         score = mean(x, w)
-        low = high = np.full(len(index), np.nan)
-        if len(x) >= 2:
-            low, high = interval(score, means(resamples(len(x)), x, w), n, confidence)
+        low, high = interval(score, means(resamples(len(x)), x, w), n, confidence)
         table = pd.DataFrame({"score": score, "ci_low": low, "ci_high": high, "n": n}, index=index)
         return cls(table, metric, source, seconds, x, w, confidence, dict(details or {}))
 
@@ -73,8 +71,6 @@ class LayerScores:
         table = pd.DataFrame({"score": scores, "ci_low": scores, "ci_high": scores, "n": 0}, index=index)
         nothing = np.empty((0, len(index)))
         return cls(table, metric, source, seconds, nothing, np.empty(0), 1.0, dict(details or {}))
-
-    # ---------------------------------------------------------------- reading
 
     @property
     def layer_ids(self) -> list[int]:
@@ -140,23 +136,21 @@ class LayerScores:
         close = [i for i, b in zip(self.layer_ids, bound, strict=True) if i in left and not b > 0]
         return [least, *sorted(close, key=lambda i: self.table.loc[i, "score"])]
 
-    def split_half(self, splits: int = 200, seed: int = 0) -> float:
+    def split_half(self) -> float:
         """Spearman correlation of the ranking on one half of the sequences with that on the other.
 
-        The mean over random splits, of the `finalists`; NaN where there are fewer than 4 sequences or 3 layers.
+        The mean over 200 random splits, of the `finalists`; NaN where there are fewer than 4 sequences or 3 layers.
         """
         columns = [self.layer_ids.index(i) for i in self.finalists]
         x = self.per_sequence[:, columns]
         x, w = x[~np.isnan(x).any(1)], self.weights[~np.isnan(x).any(1)]
         if len(x) < 4 or len(columns) < 3:
             return 1.0 if not len(self.per_sequence) else math.nan
-        rng = np.random.default_rng(seed)
-        picks = rng.permuted(np.tile(np.arange(len(x)) < len(x) // 2, (splits, 1)), axis=1).astype(float)
+        halves = np.tile(np.arange(len(x)) < len(x) // 2, (200, 1))  # [splits, sequences]
+        picks = np.random.default_rng(0).permuted(halves, axis=1).astype(float)
         a, b = (ranks(means(p, x, w)) for p in (picks, 1 - picks))
         a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
         return float(np.mean((a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))))
-
-    # ---------------------------------------------------------- storing, showing
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form (values per sequence to 7 digits; NaN is None)."""

@@ -18,6 +18,14 @@ from ildlab.model.offload import is_offloaded, resident
 from ildlab.model.stack import LayerStack
 
 
+def _advance(stack: LayerStack, q: int, trunks: Sequence[Trunk], moving: Sequence[list[Tensor]]) -> None:
+    """Run the layer at position q, while it is loaded, on all of these states in place: a [B, T, d] a batch each."""
+    with resident(stack.layers[q]):
+        for b, trunk in enumerate(trunks):
+            for states in moving:
+                states[b] = stack.run(q, states[b], trunk)
+
+
 def climb(
     stack: LayerStack, trunks: Sequence[Trunk], hidden: Sequence[Tensor] | None = None, start: int = 0
 ) -> Iterator[list[Tensor]]:
@@ -27,9 +35,7 @@ def climb(
     """
     hidden = [trunk.h0 for trunk in trunks] if hidden is None else list(hidden)
     for q in range(start, len(stack)):
-        with resident(stack.layers[q]):
-            for b, trunk in enumerate(trunks):
-                hidden[b] = stack.run(q, hidden[b], trunk)
+        _advance(stack, q, trunks, [hidden])
         yield hidden
 
 
@@ -46,23 +52,21 @@ def branches(
     *,
     max_branch_bytes: int = 2 * 2**30,
     reach: int = 0,
-    on_trunk: Callable[[int, int, Tensor], None] | None = None,
-    count: Callable[[int], None] | None = None,
+    on_trunk: Callable[[int, list[Tensor]], None] = lambda q, hidden: None,
+    count: Callable[[int], None] = lambda passes: None,
 ) -> Iterator[tuple[list[int], list[list[Tensor]]]]:
     """Yield the final hidden states of the student without each layer, wave by wave.
 
     Parameters
     ----------
-    trunks : sequence of Trunk
-        One for each batch (`student.trunk(batch)`).
-    layer_ids : sequence of int, optional
-        Layers to skip, one at a time; all by default.
+    trunks, layer_ids : sequence of Trunk, of int
+        One for each batch; and the layers to skip, one at a time (all by default).
     max_branch_bytes : int
         Memory for the hidden states of trunk and branches, which else go in waves, of at least one branch.
     reach : int
         Carry the trunk at least to h[reach] (`len(student)`: to the whole student's output).
-    on_trunk : callable(position q, index of the batch, h[q]), optional
-        Sees the trunk's hidden states as they come.
+    on_trunk : callable(position q, h[q] of each batch), optional
+        Sees the trunk's hidden states as they come; the list is the same each time.
     count : callable(int), optional
         Told the layer passes as they are run (one pass: one layer, one batch).
 
@@ -77,33 +81,21 @@ def branches(
     fits = max(1, max_branch_bytes // sum(h.nbytes for h in trunk) - 1)
     waves = [alive[i : i + fits] for i in range(0, len(alive), fits)] or [[]]
     at = 0  # the trunk stands at h[at]
-
-    def see() -> None:
-        if on_trunk is not None:
-            for b, hidden in enumerate(trunk):
-                on_trunk(at, b, hidden)
-
-    see()
+    on_trunk(at, trunk)
     for wave in waves:
         goal = max(wave[-1] if wave else 0, reach if wave is waves[-1] else 0)
         going: dict[int, list[Tensor]] = {}  # skipped position -> the branch's states, [B, T, d] a batch
         for q in range(at, len(student)):
-            born = {q: list(trunk)} if q in wave else {}
-            advance = q < goal
-            if going or advance:
-                with resident(student.layers[q]):
-                    for b, replay in enumerate(trunks):
-                        for states in going.values():
-                            states[b] = student.run(q, states[b], replay)
-                        if advance:
-                            trunk[b] = student.run(q, trunk[b], replay)
-                if count is not None:
-                    count(len(trunks) * (len(going) + advance))
-            if advance:
+            moving = [*going.values(), trunk] if q < goal else [*going.values()]
+            if q in wave:
+                going[q] = list(trunk)  # the branch stands at h[q], and skips what the others now run
+            if moving:
+                _advance(student, q, trunks, moving)
+                count(len(trunks) * len(moving))
+            if q < goal:
                 at = q + 1
-                see()
-            going.update(born)
+                on_trunk(at, trunk)
         if wave:
             final = [going[p] for p in wave]
-            going = {}  # so that the caller alone decides how long they live
+            going, moving = {}, []  # so that the caller alone decides how long they live
             yield [student.layer_ids[p] for p in wave], final

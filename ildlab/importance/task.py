@@ -37,22 +37,16 @@ LEAST_EXAMPLES, LEAST_OF_TASK = 12, 2
 def task_steps(student: LayerStack, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
     """Score each layer by the drop of the suite's aggregate when it is skipped; `MeasureConfig` has the options.
 
-    A race scores the suite in growing parts (1/16, 1/16, 1/8, 1/4, 1/2), each with examples of all tasks, and after
-    each drops what is surely more important than the least important layer and, where more than half are left,
-    the worse half: by the drop of the aggregate and the log-likelihood that the right answers lose.
+    A race scores the suite in growing parts, each with examples of all tasks, and after each drops what is surely more
+    important than the least important layer and, where more than half are left, the worse half: by the drop of the
+    aggregate and the log-likelihood that the right answers lose.
 
     Returns
     -------
     LayerScores
         One "sequence" an example: value of the whole student minus that without the layer, so that the weighted mean
         is the drop of the aggregate. Of its `details`, "way" is "sweep" or "separate evaluations", "whole" the student's
-        own aggregate; of a sweep, "truncated" the contexts that lost their beginning, by task, and "layer_passes" the
-        work: layers run, in tokens, over the tokens of the suite.
-
-    Raises
-    ------
-    MeasureError
-        A race of a suite that cannot be swept, or a log-likelihood that is NaN or infinite.
+        own aggregate; of a sweep, "truncated" the contexts that lost their beginning, by task.
     """
     suite = load_suite(config.suite, limit=config.limit)
     if suite.swept:
@@ -87,34 +81,22 @@ def _sweep_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokeniz
         seen[part] = True
         if config.race:
             job.look(race, seen)
-        details = config.told() | _of(suite, "sweep", np.average(job.whole[seen], weights=job.weights[seen]))
-        details |= {"layer_passes": job.passes / max(job.tokens, 1), "truncated": plan.truncated}
-        details |= {"dropped": race.dropped, "stopped": race.stopped if race.over else "every example was scored"}
+        details = {"way": "sweep", "whole": float(np.average(job.whole[seen], weights=job.weights[seen]))}
+        details |= {"truncated": plan.truncated, "dropped": race.dropped}
+        details["stopped"] = race.stopped if race.over else "every example was scored"
         drops = (job.whole[:, None] - job.without)[seen]  # [E, L] -> [examples seen, L]
-        scores = _scores(suite, job.layer_ids, drops, job.weights[seen], started, config, details)
+        scores = _scores(student, suite, config, drops, job.weights[seen], started, details)
         if race.over:
             break
     return scores
 
 
-def _of(suite: Any, way: str, whole: float) -> dict[str, Any]:
-    """Details of both ways."""
-    return {"way": way, "suite": suite.name, "suite_fingerprint": suite.fingerprint, "whole": float(whole)}
-
-
-def _scores(
-    suite: Any, ids: list[int], drops: np.ndarray, weights: np.ndarray, started: float, config: MeasureConfig, details
-) -> LayerScores:
-    return LayerScores.from_samples(
-        "task",
-        f"suite {suite.name}, {len(drops)} examples",
-        ids,
-        drops,
-        weights,
-        seconds=time.perf_counter() - started,
-        confidence=config.confidence,
-        details=details,
-    )
+def _scores(student: LayerStack, suite: Any, config: MeasureConfig, drops, weights, started, details) -> LayerScores:
+    """LayerScores of drops [E, L] and weights [E], with what both ways tell of suite and options."""
+    source, seconds = f"suite {suite.name}, {len(drops)} examples", time.perf_counter() - started
+    details = config.told() | {"suite": suite.name, "suite_fingerprint": suite.fingerprint} | details
+    some = {"seconds": seconds, "confidence": config.confidence, "details": details}
+    return LayerScores.from_samples("task", source, student.layer_ids, drops, weights, **some)
 
 
 def parts_of(plan: Plan, rng: np.random.Generator) -> list[np.ndarray]:
@@ -145,7 +127,6 @@ class TaskSweep:
         self.lost = np.full_like(self.without, np.nan)  # log-likelihood of the right answer, per example
         self.owner = np.asarray(plan.example_of_request())  # [R]
         self.outcomes = {i: Outcomes.empty(plan.encoded) for i in (None, *self.layer_ids)}  # None: the whole student
-        self.passes = self.tokens = 0
 
     def run(self, part: np.ndarray, alive: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Score these examples for these layers; yields (batches done, batches)."""
@@ -163,31 +144,24 @@ class TaskSweep:
         self._take(part, chosen, alive)
 
     def _run_batch(self, batch: Any, alive: Sequence[int]) -> None:
-        student, final = self.student, {}
+        student, final = self.student, []
 
-        def on_trunk(position: int, _: int, hidden: Tensor) -> None:
-            final[None] = hidden  # the last one is the whole student's, [B, T, d]
+        def on_trunk(position: int, hidden: list[Tensor]) -> None:
+            final[:] = hidden  # the last one is the whole student's, [B, T, d]
 
-        def count(passes: int) -> None:
-            self.passes += passes * batch.tokens
-
-        self.tokens += batch.tokens
         trunk = student.trunk(model_inputs(student, batch))
         options = {"max_branch_bytes": self.max_branch_bytes, "reach": len(student)}
-        for layer_ids, hidden in branches(student, [trunk], alive, on_trunk=on_trunk, count=count, **options):
+        for layer_ids, hidden in branches(student, [trunk], alive, on_trunk=on_trunk, **options):
             for layer_id, (state,) in zip(layer_ids, hidden):
                 read_out(student, batch, state, self.outcomes[layer_id])
-        read_out(student, batch, final[None], self.outcomes[None])
+        read_out(student, batch, final[0], self.outcomes[None])
 
     def _take(self, part: np.ndarray, chosen: np.ndarray, alive: Sequence[int]) -> None:
         """Turn the outcomes of the chosen requests into the values of a part's examples."""
         for layer_id in (None, *alive):
             if not self.outcomes[layer_id].finite(chosen):
                 who = "The whole student" if layer_id is None else f"The student without layer {layer_id}"
-                raise MeasureError(
-                    f"{who} gives a log-likelihood that is not a finite number: the model overflows. Load it in float32 "
-                    "or bfloat16."
-                )
+                raise MeasureError(f"{who} has a log-likelihood that is not finite. Load it in float32 or bfloat16.")
         gold = self.plan.is_gold()[chosen]
         self.whole[part] = self.plan.example_values(self.outcomes[None])[part]
         for layer_id in alive:
@@ -208,23 +182,23 @@ class TaskSweep:
 
 
 def _separate_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
-    started, ids, total = time.perf_counter(), student.layer_ids, len(student) + 1
-    cost = f"separate evaluations of {suite.name}: {total}, the student's and one without each layer"
-    yield Progress(0, total, cost)
+    started, total = time.perf_counter(), len(student) + 1
+    cost = f"{total}, the student's and one without each layer"
+    yield Progress(0, total, f"separate evaluations of {suite.name}: {cost}")
     whole = yield from relabel(suite_steps(student, tokenizer, suite), "the whole student", (0, total))
     values, weights = _by_example(whole)
-    drops = np.full((len(values), len(ids)), np.nan)  # [E, L]; NaN for layers that were not evaluated yet
-    details = config.told() | _of(suite, "separate evaluations", whole.aggregate) | {"notes": whole.notes}
+    drops = np.full((len(values), len(student)), np.nan)  # [E, L]; NaN for layers that were not evaluated yet
+    details = {"way": "separate evaluations", "whole": whole.aggregate, "notes": whole.notes}
     twin = student.share()  # so that whoever looks at the student meanwhile sees it whole
     scores = None
-    for done, layer_id in enumerate(ids, 1):
+    for done, layer_id in enumerate(student.layer_ids, 1):
         left = (time.perf_counter() - started) / done * (total - done)
         yield Progress(done, total, f"without layer {layer_id}; about {left:.0f} s to go", scores)
         with twin.without(layer_id):
             work = suite_steps(twin, tokenizer, suite)
             found = yield from relabel(work, f"without layer {layer_id}", (done, total))
         drops[:, done - 1] = values - _by_example(found)[0]
-        scores = _scores(suite, ids, drops, weights, started, config, details)
+        scores = _scores(student, suite, config, drops, weights, started, details)
     yield Progress(total, total, "", scores)
     return scores
 
