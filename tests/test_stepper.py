@@ -242,9 +242,10 @@ def test_controls_start_at_the_settings_of_the_run(tmp_path, tiny_folder, text_f
             stepper.remove.click()
             stepper.distill.click()
             assert session.journal.head.args["config"]["tokens"] == 128
-            stepper.tokens.value = 192
+            stepper.tokens.value, stepper.rate.value = 192, 2e-3
             stepper.distill.click()
-            assert session.journal.head.args["config"]["tokens"] == 192
+            config = session.journal.head.args["config"]
+            assert (config["tokens"], config["learning_rate"]) == (192, 2e-3)
 
 
 def test_after_a_measure_the_suggestion_is_selected_until_a_person_chooses(stepper, session):

@@ -72,8 +72,8 @@ class Controls:
             value=own.learning_rate, description="learning rate", style={"description_width": "initial"}
         )
         self.distill = _button("Distill")
-        text, how = [self.source, self.tokens, self.rate], [self.preset, self.loss, self.scope]
-        return _rows([self.suggest, self.remove], text, how, self.distill)
+        text, how = [self.source, self.tokens], [self.preset, self.loss, self.scope]
+        return _rows([self.suggest, self.remove], text, how, self.rate, self.distill)
 
     def _evaluating(self, config: SessionConfig) -> w.Widget:
         self.suite = w.Text(value=config.suite or "", description="suite", placeholder="none")
