@@ -42,7 +42,9 @@ def session(tmp_path, tiny_folder, text_file):
 
 @pytest.fixture
 def stepper(session):
-    return Stepper(session, inline=True, prompt="def f(x):")
+    made = Stepper(session, inline=True)
+    made.prompt.value = made.text.value = "def f(x):"
+    return made
 
 
 def logits(stack):
@@ -102,7 +104,7 @@ def test_errors_are_words_and_lose_nothing(stepper, session):
     stepper.remove.click()
     stepper.remove.click()
     assert "Not done" in stepper.status.value and "Layer 1 is not in the student" in stepper.status.value
-    stepper.use_rate.value, stepper.rate.value = True, 1e-2
+    stepper.rate.value = 1e-2
     stepper.tokens.value = -3
     stepper.distill.click()
     assert stepper.failed is not None and "nothing is lost" in stepper.status.value
@@ -121,7 +123,7 @@ def test_html_in_names_and_prompts_is_text(stepper):
 
 
 def test_direct_actions_hold_the_worker(session, monkeypatch):
-    stepper = Stepper(session, prompt="x")
+    stepper = Stepper(session)
     seen = []
     real = session.remove
 
@@ -240,9 +242,10 @@ def test_controls_start_at_the_settings_of_the_run(tmp_path, tiny_folder, text_f
             stepper.remove.click()
             stepper.distill.click()
             assert session.journal.head.args["config"]["tokens"] == 128
-            stepper.tokens.value = 192
+            stepper.tokens.value, stepper.rate.value = 192, 2e-3
             stepper.distill.click()
-            assert session.journal.head.args["config"]["tokens"] == 192
+            config = session.journal.head.args["config"]
+            assert (config["tokens"], config["learning_rate"]) == (192, 2e-3)
 
 
 def test_after_a_measure_the_suggestion_is_selected_until_a_person_chooses(stepper, session):
@@ -380,7 +383,7 @@ def test_worker_pause_holds_and_stop_frees():
     held = len(seen)
     time.sleep(0.1)
     assert len(seen) == held and worker.busy
-    worker.resume()
+    worker.pause(False)
     time.sleep(0.1)
     assert len(seen) > held
     worker.pause()

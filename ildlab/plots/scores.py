@@ -141,13 +141,7 @@ def metric_scatter(scores_a: Any, scores_b: Any, ax: Axes | None = None) -> Axes
     return ax
 
 
-def profile_beside(
-    scores: Any,
-    published: pd.DataFrame,
-    ax: Axes | None = None,
-    *,
-    names: tuple[str, str] = ("SmolLM2-135M", "Qwen2.5-3B (published)"),
-) -> Axes:
+def profile_beside(scores: Any, published: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """A model's Block Influence beside another's, over relative depth (0: first layer, 1: last).
 
     Parameters
@@ -155,13 +149,12 @@ def profile_beside(
     scores : LayerScores
     published : DataFrame
         `layer_id` and `block_influence`, such as data/published/qwen2.5-3b_block_influence.csv.
-    names : pair of str
     """
     own = scores.table["score"]
     theirs = published.set_index("layer_id")["block_influence"].sort_index()
     ax = new_axes(ax, 7.5, 3.6)
-    looks = ((BLUE, "-", "o"), (VERMILLION, "--", "s"))
-    for values, name, (colour, dash, marker) in zip((own, theirs), names, looks, strict=True):
+    looks = ((own, "this model", BLUE, "-", "o"), (theirs, "published", VERMILLION, "--", "s"))
+    for values, name, colour, dash, marker in looks:
         depth = int(values.index.max()) + 1
         x = values.index.to_numpy(float) / max(depth - 1, 1)
         ax.plot(x, values, dash, color=colour, marker=marker, markersize=4, label=f"{name}, {depth} layers")

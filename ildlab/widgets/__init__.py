@@ -1,4 +1,8 @@
-"""What a person clicks: the stepper and the explorer. Every action is a call of `PruningSession`."""
+"""What a person clicks, and what they then see: every action is a call of `PruningSession`.
+
+`stepper` shows the `controls` and the `strip` of layers; a click becomes a job of the `worker`, whose progress and end
+come back in `words`, on the strip, and as `figures`. `explorer` is a strip with figures of a model that nobody prunes.
+"""
 
 import lazy_loader
 

@@ -31,7 +31,6 @@ from ildlab.widgets.worker import Outcome, Worker
 SHOW_EVERY = 0.3  # seconds between two updates of the widgets while a job runs
 DRAWING_SHARE = 1 / 30  # of a job's time may go into its live figure, however slow the machine draws
 BUSY = "Busy: one thing at a time. Stop the work in hand first, or wait for it."
-PROMPT = "The most important invention in history is"
 ACTIONS = "measure suggest toggle reset what_if remove distill evaluate undo go_back branch export draw save".split()
 
 
@@ -40,10 +39,10 @@ class Stepper(Controls):
 
     The button `remove` does what the method `_remove` says, and so on: at once, where that returns what to say; where it
     is a generator of `Progress`, as the job in hand. `view` holds all widgets; `failed` is what the last action failed
-    with; `prompt` is the first text of the what-if and of the figures that read one.
+    with.
     """
 
-    def __init__(self, session: PruningSession, *, inline: bool = False, prompt: str = PROMPT):
+    def __init__(self, session: PruningSession, *, inline: bool = False):
         self.session, self.worker = session, Worker(inline)
         self.failed: BaseException | None = None
         self._off: set[int] = set()
@@ -53,7 +52,7 @@ class Stepper(Controls):
         self._live: list[dict] = []
         self._next_figure = self._shown = self._started = 0.0
         self.strip = Strip(session.teacher.layer_ids, lambda _: self._describe(), lambda: self.toggle.click())
-        super().__init__(session.config, self.strip, prompt)
+        super().__init__(session.config, self.strip)
         for name in ACTIONS:
             getattr(self, name).on_click(partial(self._do, getattr(self, f"_{name}")))
         self.stop.on_click(lambda _: self.worker.stop())
@@ -69,10 +68,8 @@ class Stepper(Controls):
                 asked = action() if held else None
                 if isinstance(asked, str):
                     self.refresh(asked)
-            if asked is None:
+            if asked is None or not (isinstance(asked, str) or self._start(button.description, asked)):
                 self._say(BUSY)
-            elif not isinstance(asked, str):
-                self._start(button.description, asked)
         except Exception as error:  # a kernel's log is no place for what a person has to know
             self.failed = error
             self._say(f"Not done: {error_words(error)}")
@@ -136,12 +133,11 @@ class Stepper(Controls):
 
     # ------------------------------------------------------------------ jobs
 
-    def _start(self, name: str, work: Work[str | None]) -> None:
+    def _start(self, name: str, work: Work[str | None]) -> bool:
         self.failed, self._live = None, []
         self._next_figure, self._started = 0.0, time.perf_counter()
         self._say(f"{name} ...")
-        if not self.worker.start(work, partial(self._progress, name), partial(self._end, name)):
-            self._say(BUSY)
+        return self.worker.start(work, partial(self._progress, name), partial(self._end, name))
 
     def _progress(self, name: str, p: Progress) -> None:
         now = time.perf_counter()
@@ -179,7 +175,7 @@ class Stepper(Controls):
     def _pause(self) -> None:
         paused = self.worker.paused
         if self.worker.busy:
-            (self.worker.resume if paused else self.worker.pause)()
+            self.worker.pause(not paused)
             self.pause.description = "Pause" if paused else "Resume"
             self._say("Going on." if paused else "Paused at the next step.")
 
@@ -220,15 +216,15 @@ class Stepper(Controls):
         return f"Layer {self.session.remove(self.strip.selected)} removed; undo brings it back."
 
     def _distill(self) -> Work[None]:
-        own, preset = self.session.config, self.preset.value
+        preset = self.preset.value
         changes: dict[str, Any] = {**self.loss.value, **self.scope.value}
-        if preset or self.tokens.value != (own.distill.get("tokens") or own.train_tokens):
+        if preset or self.tokens.value != self.own.tokens:
             changes["tokens"] = self.tokens.value
-        if self.use_rate.value:
+        if self.rate.value != self.own.learning_rate:
             changes["learning_rate"] = self.rate.value
         source = self.source.value.strip()
-        text = source if source not in ("", own.text) else None
-        yield from self.session.distill_steps(preset, text=text, **changes)
+        text = source if source != self.session.config.text else None
+        yield from self.session.distill_steps(preset, text=text or None, **changes)
 
     def _evaluate(self) -> Work[None]:
         # An empty box is no suite, and not the run's.

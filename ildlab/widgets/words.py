@@ -57,9 +57,7 @@ def evaluation_html(session: Any) -> str:
 
 def warnings_html(session: Any) -> str:
     """Failure signatures that the journal shows."""
-    items = [(f.signature, f"{f.seen} {f.advice}") for f in diagnose(session)]
-    listed = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(told)}</li>" for name, told in items)
-    return f'<ul class="ildlab-note">{listed}</ul>' if items else ""
+    return "".join(note(str(finding)) for finding in diagnose(session))
 
 
 def step_labels(session: Any) -> list[tuple[str, int]]:

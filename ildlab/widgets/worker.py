@@ -53,9 +53,9 @@ class Worker:
         return True
 
     @contextmanager
-    def hold(self) -> Iterator[bool]:
-        """Keep jobs from starting while the block runs; gives False where one is running already."""
-        held = self._busy.acquire(blocking=False)
+    def hold(self, timeout: float = 0) -> Iterator[bool]:
+        """Keep jobs from starting while the block runs; gives False where one still runs after `timeout` seconds."""
+        held = self._busy.acquire(timeout=timeout)
         try:
             yield held
         finally:
@@ -67,21 +67,17 @@ class Worker:
         self._stop.set()
         self._go.set()
 
-    def pause(self) -> None:
-        """Hold the job at its next yield."""
-        if self.busy:
+    def pause(self, on: bool = True) -> None:
+        """Hold the job at its next yield, or let it go on."""
+        if on and self.busy:
             self._go.clear()
+        else:
+            self._go.set()
 
-    def resume(self) -> None:
-        """Let a held job go on."""
-        self._go.set()
-
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float = -1) -> bool:
         """Wait until no job runs; False where that took longer than `timeout` seconds."""
-        ended = self._busy.acquire(timeout=-1 if timeout is None else timeout)
-        if ended:
-            self._busy.release()
-        return ended
+        with self.hold(timeout) as ended:
+            return ended
 
     def _run(self, work, on_progress, on_end) -> None:
         # The callback runs while the job still counts as running, so that no second one overtakes it; one that
