@@ -20,40 +20,22 @@ PATIENCE = 1.0  # seconds of work from which on a notebook shows a bar
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a piece of long work is.
-
-    Parameters
-    ----------
-    done, total : int
-        Units done so far, and in all.
-    note : str
-        One short line for a person.
-    partial : Any
-        The result so far, where the work has one worth showing (scores, a loss record).
-    stage : str
-        What part of longer work this is, where it has parts.
-    """
+    """How far a piece of long work is."""
 
     done: int
     total: int
-    note: str = ""
-    partial: Any = None
-    stage: str = ""
+    note: str = ""  # one short line for a person
+    partial: Any = None  # the result so far, where it is worth showing (scores, a loss record)
+    stage: str = ""  # what part of longer work this is, where it has parts
 
 
 Work = Generator[Progress, None, T]
 
 
 def relabel(work: Work[T], label: str, of: tuple[int, int] | None = None) -> Work[T]:
-    """Pass a generator's progress on under a label; as a stage of longer work where `of` is given.
+    """Pass a generator's progress on, a label before each note.
 
-    Parameters
-    ----------
-    work : generator of Progress
-    label : str
-        Stands before each note.
-    of : (done, total), optional
-        Of the longer work; the stage's own counts then go into the note.
+    With `of`, the done and total of longer work, it is a stage of that, and its own counts go into the note.
     """
     try:
         while True:
@@ -72,11 +54,7 @@ def relabel(work: Work[T], label: str, of: tuple[int, int] | None = None) -> Wor
 def lines(work: Work[T], *, every: float = 10.0) -> T:
     """Run a generator of `Progress` to its end, printing plain lines; for logs and batch notebooks.
 
-    Parameters
-    ----------
-    work : generator of Progress
-    every : float
-        Seconds between two lines; a change of `done` or of the stage is printed at once.
+    `every` is the seconds between two lines; a change of `done` or of the stage is printed at once.
     """
     start = last = time.perf_counter()
     place = None
@@ -103,13 +81,7 @@ def _in_notebook() -> bool:
 def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     """Run a generator of `Progress` to its end and return what it returns.
 
-    Parameters
-    ----------
-    work : generator of Progress
-    desc : str
-        Label of the bar.
-    show : bool, optional
-        Draw a tqdm bar; by default only where stderr is a terminal, or in a notebook.
+    `desc` labels a tqdm bar; `show` it or not: by default only where stderr is a terminal, or in a notebook.
     """
     from tqdm import tqdm
 
