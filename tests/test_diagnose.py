@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pandas as pd
-import pytest
 
-from ildlab.session.diagnosis import Thresholds, diagnose
+from ildlab.session import diagnosis
+from ildlab.session.diagnosis import diagnose
 from ildlab.session.session import PruningSession
 
 NAN = float("nan")
@@ -25,49 +25,40 @@ def names(found):
 def test_a_healthy_run_has_no_findings():
     healthy = table(kl=[NAN, 0.1, 0.15, 0.2, 0.25], kl_pruned=[NAN, 0.3, 0.3, 0.4, 0.5], aggregate=[0.6] * 5)
     assert diagnose(healthy) == []
-    assert diagnose([]) == []
+    assert diagnose(healthy.iloc[:1]) == []
 
 
-def test_pruning_without_distillation():
+def test_pruning_without_distillation(monkeypatch):
     rows = table(aggregate=[0.6, 0.54, 0.48, 0.42, 0.36, 0.29], kl_pruned=[NAN, 0.3, 0.6, 0.9, 1.2, 1.5])
     assert names(diagnose(rows)) == [("pruning without distillation", 5)]
     # The same figures after distillation are another matter, and three removals are too few to call it that.
     assert "pruning without distillation" not in {f.signature for f in diagnose(rows.assign(kl=rows.kl_pruned * 0.9))}
-    assert diagnose(rows, thresholds=Thresholds(aggregate_floor=0.2)) == []
     # As a session's history has it: a student that was never distilled has an aggregate "as pruned".
     seen = diagnose(rows.rename(columns={"aggregate": "aggregate_pruned"}))
     assert names(seen) == [("pruning without distillation", 5)]
+    monkeypatch.setattr(diagnosis, "AGGREGATE_FLOOR", 0.2)
+    assert diagnose(rows) == []
 
 
 def test_essential_layer_by_aggregate_and_by_kl():
     found = diagnose(table(aggregate=[0.6, 0.58, 0.4], kl=[NAN, 0.1, 0.3]))
     assert names(found) == [("essential layer", 2)]
-    assert found[0].layer_id == 21 and "layer 21" in str(found[0])
+    assert "layer 21" in found[0].seen
     assert names(diagnose(table(kl_pruned=[NAN, 0.2, 1.5], kl=[NAN, 0.1, 0.5]))) == [("essential layer", 2)]
     # Drops add up over removals; none of these is sharp alone.
     assert diagnose(table(aggregate=[0.6, 0.54, 0.48, 0.42])) == []
 
 
-def test_no_recovery():
-    found = diagnose(table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58]))
+def test_no_recovery(monkeypatch):
+    rows = table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58])
+    found = diagnose(rows)
     assert names(found) == [("no recovery", 2)]
     assert "5%" in found[0].seen  # (0.60 - 0.58) / (0.60 - 0.20)
-    assert diagnose(table(kl_pruned=[NAN, 0.4, 0.6], kl=[NAN, 0.2, 0.58]), thresholds=Thresholds(recovery=0.01)) == []
+    monkeypatch.setattr(diagnosis, "RECOVERY", 0.01)
+    assert diagnose(rows) == []
 
 
-@pytest.mark.parametrize("error", ["The loss stopped being finite at step 3", ValueError("KL is NaN")])
-def test_not_finite(error):
-    found = diagnose(table(kl=[NAN, 0.1]), errors=[error, "some other error"])
-    assert [f.signature for f in found] == ["not finite"]
-    assert "learning rate" in found[0].advice
-
-
-def test_the_first_line_of_an_error_that_begins_with_none():
-    (found,) = diagnose([], errors=["\nThe loss is not finite\nat step 3"])
-    assert found.seen == "The loss is not finite"
-
-
-def test_a_session_that_never_distills_is_told_so(tmp_path, tiny_folder, text_file):
+def test_a_session_that_never_distills_is_told_so(tmp_path, tiny_folder, text_file, monkeypatch):
     tasks = tmp_path / "tasks.jsonl"
     rows = [{"query": f"number {i} is", "choices": [f" {i}", f" {i + 1}"], "gold": i % 2} for i in range(8)]
     tasks.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -89,6 +80,12 @@ def test_a_session_that_never_distills_is_told_so(tmp_path, tiny_folder, text_fi
     last = session.history().iloc[-1]
     assert last["aggregate_pruned"] == last["aggregate_pruned"] and last["aggregate"] != last["aggregate"]
     # No model scores above 1: whatever the random one scores counts as collapse here.
-    found = diagnose(session, thresholds=Thresholds(aggregate_floor=1.01, sharp_drop=9.0))
+    monkeypatch.setattr(diagnosis, "AGGREGATE_FLOOR", 1.01)
+    monkeypatch.setattr(diagnosis, "SHARP_DROP", 9.0)
+    found = diagnose(session)
     assert names(found) == [("pruning without distillation", 4)]
+    session.append(
+        "failed", result={"error": "\nThe loss is not finite\nat step 3"}
+    )  # a message that begins with no words
+    assert diagnose(session)[-1].seen == "The loss is not finite"
     session.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -652,7 +653,7 @@ def test_export_refuses_a_checkpoint_that_is_not_the_student(make, tmp_path, mon
 
 
 KILLER = """
-import json, os, signal, sys
+import json, os, re, signal, sys
 import accelerate, transformers.models.llama  # once, for all children
 from ildlab.model.load import LoadedModel
 from ildlab.session.session import PruningSession
@@ -667,8 +668,7 @@ for folder, phase, times in json.loads(sys.argv[1]):
         os._exit(0)
     os.close(into)
     for line in os.fdopen(out):  # the child goes on meanwhile: it dies wherever it is
-        # The second iteration: there is something to lose by then.
-        times -= f"5 layers: {phase}" in line
+        times -= re.search(f": {phase} [0-9]", line) is not None
         if not times:
             os.kill(child, signal.SIGKILL)
             break
@@ -686,13 +686,14 @@ def test_sigkill_in_each_phase(make):
         "eval_tokens": 4 * 32,
     }
     session = make("unbroken", **each_step)
-    session.run(target_layers=4)
+    work = session.run_steps(target_layers=4)
+    next(progress for progress in work if "5 layers: measure" in progress.note)  # there is something to lose by now
+    work.close()
     phases = {"measure": 1, "evaluate removal": 1, "distill": 3, "evaluate": 1}
-    folders = {}
-    for phase in phases:
-        victim = make(phase, **each_step)
-        victim.close()
-        folders[phase] = victim.folder
+    folders = {phase: session.folder.parent / phase for phase in phases}
+    for folder in folders.values():
+        shutil.copytree(session.folder, folder)
+    session.run()
     plan = json.dumps([(str(folders[phase]), phase, times) for phase, times in phases.items()])
     done = subprocess.run(
         [sys.executable, "-c", KILLER, plan],
@@ -813,44 +814,30 @@ def test_both_tables_call_a_student_the_same(make):
     assert said() == {"pruned", "student"}
 
 
-def test_one_process_stays_here_and_more_are_launched(make, monkeypatch):
-    from ildlab.session import actions
+def test_two_processes_give_the_curve_of_one(make, monkeypatch):
+    from ildlab.distill import processes
 
-    given = {}
-
-    def launched(student, teacher, blocks, config, *, gap, processes, teacher_name, checkpoint, metrics_path):
-        given.update(processes=processes, teacher_name=teacher_name, checkpoint=checkpoint)
-        files = {"checkpoint": checkpoint, "metrics_path": metrics_path}
-        return (yield from actions.train_steps(student, teacher, blocks, config, gap=gap, **files))
-
-    monkeypatch.setattr(actions, "spread_steps", launched)
-    here, there = make("here"), make("there", processes=2)
-    for session in (here, there):
-        session.remove(2)
-        session.distill(tokens=256)
-        assert not given if session is here else given["processes"] == 2
-    assert given["teacher_name"] == there.config.teacher
-    assert same(here, there)
-    assert list(here.losses()["kl"]) == list(there.losses()["kl"])
-    assert [s.journal.head.args["processes"] for s in (here, there)] == [1, 2]
-    given.clear()
-    there.undo()
-    there.distill(processes=1, tokens=64)
-    assert not given
-    with pytest.raises(SessionError, match="processes=0"):
-        here.distill(processes=0)
-
-
-def test_two_processes_give_the_curve_of_one(make):
+    launched, real = [], processes._launch
+    monkeypatch.setattr(processes, "_launch", lambda folder, count: launched.append(count) or real(folder, count))
     one, two = make("one"), make("two", processes=2)
     for session in (one, two):
         session.remove(2)
-        session.distill(tokens=8 * 4 * 32)
+        session.distill(tokens=4 * 4 * 32)
+    assert launched == [2]  # one process is this one
     assert list(two.losses()["kl"]) == pytest.approx(list(one.losses()["kl"]), rel=1e-3)
-    assert two.journal.head.args | {"processes": 1} == one.journal.head.args
-    assert two.journal.head.result["tokens"] == one.journal.head.result["tokens"]
+    assert [session.journal.head.args.pop("processes") for session in (one, two)] == [1, 2]
+    assert two.journal.head.args == one.journal.head.args
+    assert two.journal.head.result["tokens"] == one.journal.head.result["tokens"] == 4 * 4 * 32
     assert two.journal.tensors_at(2).keys() == one.journal.tensors_at(2).keys()
     assert not any(p.requires_grad for p in two.student.model.parameters())
+    two.close()
+    with PruningSession.open(two.folder, dtype="float32") as again:
+        assert same(again, two)
+        again.undo()
+        again.distill(processes=1, tokens=4 * 32)
+        assert launched == [2] and again.journal.head.args["processes"] == 1
+    with pytest.raises(SessionError, match="processes=0"):
+        one.distill(processes=0)
 
 
 def test_a_run_of_an_older_version_opens_with_a_word_on_its_teacher(make):

@@ -1,7 +1,6 @@
 """What is done to a run's student: measure, remove, distill, evaluate, undo, each ending in a step of the journal.
 
-The long ones are generators of `Progress`; each holds the run for its whole life. One that is closed or fails leaves
-the student as the journal has it. All are methods of `PruningSession`.
+Each holds the run for its whole life; one that is closed or fails leaves the student as the journal has it.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from typing import Any
 
 from ildlab.distill.checkpoint import decisive
 from ildlab.distill.config import DistillConfig, DistillResult
-from ildlab.distill.processes import distill_steps as spread_steps
+from ildlab.distill.processes import distill_steps as train_steps
 from ildlab.distill.scope import match_points, resolve_scope
-from ildlab.distill.train import distill_steps as train_steps
 from ildlab.errors import NotFiniteError, SessionError
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.text_quality import evaluate_steps as judge_steps
@@ -28,43 +26,34 @@ from ildlab.importance.scores import LayerScores
 from ildlab.progress import Work, relabel
 from ildlab.session.journal import CHANGES_STUDENT, Step
 from ildlab.session.run import Run, text_record
-from ildlab.text.blocks import TextBlocks
 
 
 def measure_steps(run: Run, metric: str | None = None, **options: Any) -> Work[LayerScores]:
     """Score today's layers on the calibration text, and journal the scores.
 
-    Parameters
-    ----------
-    metric : str, optional
-        By default the run's.
-    **options
-        As in `ildlab.measure`: `race`, `positions`, `batch_size`, `seed`, ...; those not given are the run's.
+    `metric` is by default the run's; `options` are those of `ildlab.measure`, and where not given the run's.
     """
     metric = metric or run.config.metric
     # Of the run's options, those that this metric has: a race is none of a metric of one pass.
     options = {k: v for k, v in run.config.measure.items() if k in options_of(metric)} | options
     seed = options.pop("seed", run.seed)
-    by_task = metric == "task"  # decided by a suite's rows, beside no teacher and on no text
-    if by_task:
-        options.setdefault("suite", run.config.suite)
     with run.acting("measure"):
-        blocks, teacher = (None, None) if by_task else (run.text("calibration"), run.teacher)
-        needs = {"tokenizer": run.tokenizer} if by_task else {}
-        scores = yield from score_steps(run.student, blocks, metric, teacher, seed=seed, **options, **needs)
-        found = {"scores": scores.to_dict()} | ({} if by_task else {"text": text_record(blocks)})
+        if metric == "task":  # decided by a suite's rows, beside no teacher and on no text
+            options.setdefault("suite", run.config.suite)
+            work = score_steps(run.student, None, metric, None, seed=seed, tokenizer=run.tokenizer, **options)
+            used = {}
+        else:
+            blocks = run.text("calibration")
+            work = score_steps(run.student, blocks, metric, run.teacher, seed=seed, **options)
+            used = {"text": text_record(blocks)}
+        scores = yield from work
+        found = {"scores": scores.to_dict(), **used}
         run.append("measure", args={"metric": metric, **options}, result=found, seed=seed)
     return scores
 
 
 def remove(run: Run, layer_id: int | None = None) -> int:
-    """Remove a layer, by default the least important one by the latest scores, and return its id.
-
-    Raises
-    ------
-    SessionError
-        The layer is gone already, is the last one, or none was named and nothing was measured.
-    """
+    """Remove a layer, by default the least important one by `scores`, and return its id."""
     with run.acting("remove a layer"):
         scores, student = run.scores, run.student
         if layer_id is None:
@@ -87,10 +76,7 @@ def remove(run: Run, layer_id: int | None = None) -> int:
 
 
 def undo(run: Run, to: int | None = None, *, reason: str = "") -> Step:
-    """Go back to a step, by default to before the latest change of the student, and return it. Nothing is deleted.
-
-    `to` may also be a step that was undone before, to take it again; `reason` is journaled.
-    """
+    """Go back to a step, by default to before the latest change of the student; `to` may be one that was undone before."""
     if to is None:
         changes = [step for step in run.path if step.action in CHANGES_STUDENT]
         if not changes:
@@ -130,8 +116,7 @@ def distill_steps(
         Removed layers that "neighbours" and "window(k)" are counted from (a suffix begins at the lowest
         layer ever removed). By default those removed since the last distillation.
     processes : int, optional
-        Processes that train together, each on a device of its own (they share a batch evenly); 1 stays in this
-        process. By default the run's.
+        As in `SessionConfig`; by default the run's.
     **changes
         Fields of the config to change for this step. `tokens` above the run's `train_tokens` draws more text;
         without a `seed` (None), data order follows the place in the run.
@@ -157,12 +142,14 @@ def distill_steps(
         checkpoint = _checkpoint_of(run, config, text, gap)
 
         asked = {"config": config.to_dict(), "gap": gap, "trained": trained, "processes": processes}
+        files = {"checkpoint": checkpoint, "metrics_path": run.journal.losses_of(len(run.steps))}
 
         def commit(**found: Any) -> None:
             found["text"] = text_record(blocks)
             run.commit("distill", trained, args=asked, result=found, seed=config.seed)
 
-        work, done = _training(run, blocks, config, gap, processes, checkpoint), 0
+        among = {"processes": processes, "teacher_name": run.loaded.name}
+        work, done = train_steps(run.student, run.teacher, blocks, config, gap=gap, **among, **files), 0
         try:
             while True:
                 progress = next(work)
@@ -187,20 +174,8 @@ def distill_steps(
     return result
 
 
-def _training(
-    run: Run, blocks: TextBlocks, config: DistillConfig, gap: list[int], processes: int, checkpoint: Path
-) -> Work[DistillResult]:
-    """The distillation itself, in this process or in several of their own."""
-    steps, spread = train_steps, {}
-    if processes > 1:
-        steps, spread = spread_steps, {"processes": processes, "teacher_name": run.loaded.name}
-    metrics = run.journal.losses_of(len(run.steps))
-    files = {"checkpoint": checkpoint, "metrics_path": metrics}
-    return steps(run.student, run.teacher, blocks, config, gap=gap, **files, **spread)
-
-
 def _open_gap(run: Run) -> list[int]:
-    """Layers removed since the student was last distilled: where it has to heal."""
+    """Layers removed since the student was last distilled."""
     gap: list[int] = []
     for step in run.path:
         if step.action == "distill" and step.whole:
@@ -218,9 +193,8 @@ def _checkpoint_of(run: Run, config: DistillConfig, text: str | None, gap: list[
     changed = [step.step for step in run.path if step.action in CHANGES_STUDENT]
     content = {"after_steps": changed, "config": decisive(config), "text": text, "gap": gap}
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    folder = run.folder / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}.safetensors"
+    (run.folder / "checkpoint").mkdir(exist_ok=True)
+    return run.folder / "checkpoint" / f"{name}.safetensors"
 
 
 def evaluate_steps(
@@ -237,7 +211,7 @@ def evaluate_steps(
     cache : path, optional
         Folder where suite results are kept; by default one in the run's.
     **options
-        As in `ildlab.evaluate.text_quality.evaluate_steps`.
+        As in `ildlab.evaluate`.
     """
     suite = (None if suite is False else suite) if suite is not None else run.config.suite
     # Perplexity and even the aggregate can look fine while copying has collapsed.
@@ -245,16 +219,9 @@ def evaluate_steps(
     with run.acting("evaluate"):
         blocks = run.text("eval")
         teacher = teacher_evaluation(run, suite)
-        found = yield from judge_steps(
-            run.student,
-            run.teacher,
-            blocks,
-            tokenizer=run.tokenizer,
-            suite=suite,
-            teacher_record=teacher and teacher.teacher_record(),
-            cache=cache or run.folder / "suites",
-            **options,
-        )
+        by = {"tokenizer": run.tokenizer, "suite": suite, "cache": cache or run.folder / "suites"}
+        by["teacher_record"] = teacher and teacher.teacher_record()
+        found = yield from judge_steps(run.student, run.teacher, blocks, **by, **options)
         bare = None
         if undistilled and run.trained:
             # What the same removals cost without any distillation: the other curve of the paper's figure.

@@ -33,14 +33,13 @@ class SessionConfig:
     distill : dict
         Fields of `DistillConfig` that differ from its defaults.
     processes : int
-        Processes that distill together, each on a device of its own; 1 stays in this process.
+        Processes that distill together, each on a device of its own (they share a batch evenly); 1 stays in this one.
     suite : str, optional
         Suite whose aggregate decides; without one, perplexity does.
     seed : int
     weights_dtype : str
-        dtype of stored and exported weights. "auto": bf16 where that holds every weight of the teacher exactly, else
-        the dtype that it is loaded in. Trained weights are rounded to it when a distillation ends, so that the
-        student in memory is the one on disk.
+        dtype of stored and exported weights, to which trained ones are rounded when a distillation ends. "auto": bf16
+        where that holds every weight of the teacher exactly, else the dtype that it is loaded in.
     """
 
     teacher: str
@@ -66,13 +65,7 @@ class SessionConfig:
 
     @classmethod
     def of(cls, teacher: str, settings: dict[str, Any]) -> SessionConfig:
-        """A config of these settings; `distill` may be a `DistillConfig`.
-
-        Raises
-        ------
-        SessionError, DistillError, MeasureError, SuiteError
-            An unknown setting, or one that a run would only trip over after its first removal.
-        """
+        """A config of these settings, each checked that a run would only trip over after its first removal."""
         config = cls(teacher, **known_fields(cls, settings, SessionError))
         DistillConfig.from_dict(config.distill)
         check_options(config.metric, config.measure)
@@ -80,9 +73,7 @@ class SessionConfig:
             load_suite(config.suite)
         for name in ("calibration_tokens", "train_tokens", "eval_tokens"):
             if getattr(config, name) < 2 * config.block:
-                raise SessionError(
-                    f"{name} is {getattr(config, name)}: give at least two blocks, {2 * config.block} tokens."
-                )
+                raise SessionError(f"{name} is {getattr(config, name)}: give at least two blocks, {2 * config.block}.")
         if config.processes < 1:
             raise SessionError(f"processes={config.processes}: at least 1 distills.")
         return config

@@ -21,32 +21,22 @@ PROBE = "The layers of a transformer refine the hidden state step by step, so th
 class Verdict:
     """What the doctor found when it loaded a checkpoint with stock transformers."""
 
-    logits_error: float
-    """Largest difference of logits to the student's, relative to the largest logit."""
-    same_with_cache: bool
-    """Greedy generation is the same with the KV cache and without (or parts at two tokens that are equally likely)."""
+    logits_error: float  # largest difference of logits to the student's, relative to the largest logit
+    same_with_cache: bool  # greedy generation with the KV cache and without (or parts at two equally likely tokens)
     layers: int
-    text: str
-    """The greedy continuation of a probe."""
+    text: str  # the greedy continuation of a probe
 
     def __str__(self) -> str:
         cache = "the same with and without the KV cache" if self.same_with_cache else "DIFFERENT with the KV cache"
-        return (
-            f"{self.layers} layers; logits equal the student's to {self.logits_error:.1e} of the largest; "
-            f"generation is {cache}"
-        )
+        equal = f"logits equal the student's to {self.logits_error:.1e} of the largest"
+        return f"{self.layers} layers; {equal}; generation is {cache}"
 
 
 @torch.no_grad()
 def examine(folder: str | Path, student: LayerStack, tokenizer, *, exact: bool = True) -> Verdict:
-    """Load a checkpoint with stock transformers and compare it with the student that it is to be.
+    """Load a checkpoint with stock transformers; ExportError where it is not the student.
 
     `exact` says that the checkpoint's dtype holds every weight; else its logits may differ by the rounding.
-
-    Raises
-    ------
-    ExportError
-        It does not load, misses weights, or its logits differ from the student's.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,10 +57,7 @@ def examine(folder: str | Path, student: LayerStack, tokenizer, *, exact: bool =
     error = float((want - got).abs().max() / want.abs().max())
     rounding = 1e-5 if student.model.dtype == torch.float32 else 2e-2
     if not error <= (rounding if exact else 5e-2):
-        raise ExportError(
-            f"The checkpoint's logits differ from the student's by {error:.2g} of the largest logit: "
-            "the saved model is not the student. Nothing was exported."
-        )
+        raise ExportError(f"The checkpoint's logits differ from the student's by {error:.2g} of the largest logit.")
     with_cache, without = (greedy(model, ids, use_cache=cached)[0] for cached in (True, False))  # [T + new]
     text = tokenizer.decode(with_cache[ids.shape[1] :], skip_special_tokens=True)
     same = same_but_for_rounding(model, with_cache, without, rounding)
@@ -89,15 +76,11 @@ def same_but_for_rounding(model, one: Tensor, other: Tensor, rounding: float) ->
 
 
 def check_describable(stack: LayerStack) -> None:
-    """Find out, before anything is removed, whether the family's config can describe a stack that lacks a layer.
+    """Raise ExportError, before anything is removed, where the family's config cannot describe a stack without a layer.
 
-    Where the kinds of layers follow from a period (Jamba), or from anything else that is no list in the config,
-    a student without its first layer is another model than the config says. Models are built without weights.
-
-    Raises
-    ------
-    ExportError
-        It cannot: such a student could be neither saved nor run with a KV cache.
+    Where the kinds of layers follow from a period (Jamba), or from anything else that is no list in the config, a
+    student without its first layer is another model than the config says: it could be neither saved nor run with a
+    KV cache. Models are built without weights.
     """
     if len(stack) < 2:
         return
@@ -112,14 +95,11 @@ def check_describable(stack: LayerStack) -> None:
     try:
         found = _shapes(_built(trial))
     except Exception as error:  # whatever a family's constructor says of its config
-        raise ExportError(
-            f"{name} cannot lose a layer: with one layer fewer its config is refused ({first_line(error)})."
-        ) from error
+        raise ExportError(f"{name} cannot lose a layer: its config is then refused ({first_line(error)}).") from error
     if found != wanted or _kinds(trial.config) != kinds[1:]:
         odd = sorted(set(found) ^ set(wanted)) or sorted(n for n in found if found[n] != wanted[n]) or kinds
         raise ExportError(
-            f"{name} cannot lose a layer: its config tells the kinds of layers by a rule, not by a list, so that a model "
-            f"without one cannot be described (first difference: {odd[0]})."
+            f"{name} cannot lose a layer: its config tells the kinds of layers by a rule, not by a list (first difference: {odd[0]})."
         )
 
 

@@ -1,8 +1,4 @@
-"""A plain Hugging Face checkpoint of the student.
-
-It is written beside its place, loaded again with stock transformers, and compared with the student; only then is it
-moved to where it was asked for.
-"""
+"""A plain Hugging Face checkpoint of the student, written beside its place, and moved there once it is proven."""
 
 from __future__ import annotations
 
@@ -24,10 +20,10 @@ from ildlab.session.tables import history_table
 
 
 def export_student(run: Run, path: str | Path) -> Path:
-    """Write today's student as a plain Hugging Face checkpoint, prove it by loading it again, and journal the verdict.
+    """Write today's student as a plain Hugging Face checkpoint, and journal what `examine` says of it.
 
-    The folder, new or empty, then holds safetensors, config, generation config, tokenizer, `README.md` (a model card)
-    and `ildlab.json` (what was removed and measured).
+    The folder, new or empty, then holds safetensors, configs, tokenizer, `README.md` (a model card) and `ildlab.json`
+    (what was removed and measured).
 
     Raises
     ------
@@ -39,8 +35,7 @@ def export_student(run: Run, path: str | Path) -> Path:
         raise ExportError(f"{target} exists and is not an empty folder: choose a new one for the checkpoint.")
     if any(p.is_meta for p in run.student.model.parameters()):
         raise ExportError(
-            "Weights of the student are offloaded (device_map), so that it cannot be saved from here: open the run with its "
-            "teacher loaded without device_map, and export then."
+            "Weights of the student are offloaded: open the run with its teacher loaded without device_map, and export then."
         )
     with run.acting("export"):
         try:
@@ -61,45 +56,32 @@ def _write(run: Run, folder: Path) -> Verdict:
     exact = save(run.student, run.tokenizer, folder, run.weights_dtype, teacher=run.config.teacher)
     verdict = examine(folder, run.student, run.tokenizer, exact=exact)
     (folder / "README.md").write_text(model_card(run, verdict), encoding="utf-8")
-    facts = {
-        "teacher": run.config.teacher,
-        "fingerprint": run.journal.config["fingerprint"],
-        "removed": run.removed,
-        "layer_ids": run.student.layer_ids,
-        "steps": [asdict(step) for step in run.path if step.action in ("remove", "distill", "evaluate")],
-    }
+    facts = {"teacher": run.config.teacher, "fingerprint": run.journal.config["fingerprint"]}
+    facts |= {"removed": run.removed, "layer_ids": run.student.layer_ids}
+    facts["steps"] = [asdict(step) for step in run.path if step.action in ("remove", "distill", "evaluate")]
     (folder / "ildlab.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return verdict
 
 
 def save(stack: LayerStack, tokenizer, folder: Path, dtype: torch.dtype, *, teacher: str) -> bool:
     """Save a stack in `dtype`, its layer ids in the config, and return whether `dtype` holds every weight exactly."""
-    config, text = stack.model.config, stack.config
-    before = (text.__dict__.get("ildlab"), config.dtype)
-    text.ildlab = {"teacher": teacher, "layer_ids": stack.layer_ids}
-    config.dtype = dtype
-    try:
-        # Tied tensors must stay one tensor after the cast, or they would be saved twice.
-        once: dict[int, Tensor] = {}
-        state, exact = {}, True
-        for name, tensor in stack.model.state_dict().items():
-            cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            state[name] = once.setdefault(tensor.data_ptr(), cast)
-            exact = exact and torch.equal(cast.to(tensor.dtype), tensor)
-        with quiet():
-            stack.model.save_pretrained(folder, state_dict=state)
-        # transformers writes the dtype of the model in memory; the file is what `dtype` says.
-        written = json.loads((folder / "config.json").read_text())
-        written["dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
-        for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)  # safetensors makes it 0600
-    finally:
-        config.dtype = before[1]
-        if before[0] is None:
-            del text.ildlab
-        else:
-            text.ildlab = before[0]
+    twin = stack.share()  # with a config of its own
+    twin.config.ildlab = {"teacher": teacher, "layer_ids": stack.layer_ids}
+    # Tied tensors must stay one tensor after the cast, or they would be saved twice.
+    once: dict[int, Tensor] = {}
+    state, exact = {}, True
+    for name, tensor in twin.model.state_dict().items():
+        cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        state[name] = once.setdefault(tensor.data_ptr(), cast)
+        exact = exact and torch.equal(cast.to(tensor.dtype), tensor)
+    with quiet():
+        twin.model.save_pretrained(folder, state_dict=state)
+    # transformers writes the dtype of the model in memory; the file is what `dtype` says.
+    written = json.loads((folder / "config.json").read_text())
+    written["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors makes it 0600
     tokenizer.save_pretrained(folder)
     return exact
 

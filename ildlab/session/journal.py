@@ -1,12 +1,4 @@
-"""The run folder is the truth: an append-only journal, the weights each step changed, one writer.
-
-```
-config.json            what the run is of: teacher, text, seed, settings
-journal.jsonl          one line a step
-weights/NNN.safetensors    only the tensors that step NNN changed
-metrics/NNN.jsonl      the losses of step NNN, where that is a distillation
-lock                   held by the one process that writes
-```
+"""The run folder is the truth: an append-only journal, the weights each step changed, one writer (docs/sessions.md).
 
 The student at a step is the teacher, minus the layers removed, plus the weights of the steps on the
 way there. Steps form a tree (each names its parent), so that undo and branch delete nothing.
@@ -73,10 +65,8 @@ class Journal:
 
         Raises
         ------
-        JournalError
-            The folder already holds a run or other files, or is locked.
-        FileError
-            It cannot be written.
+        JournalError, FileError
+            The folder holds a run or other files, or is locked; or it cannot be written.
         """
         folder = Path(folder).expanduser()
         if (folder / "config.json").exists():
@@ -111,13 +101,12 @@ class Journal:
         config = _read_config(folder)
         # Running a notebook's cell again must not lock its own kernel out: within one process the newer
         # session takes over, and the older one says that it is closed.
-        held = _OPEN.get(folder.resolve())
-        if held is not None:
+        if held := _OPEN.get(folder.resolve()):
             held.close()
         journal = cls(folder, config, _acquire(folder))
         try:
             journal._read()
-        except JournalError:
+        except BaseException:
             journal.close()
             raise
         return journal
@@ -140,8 +129,8 @@ class Journal:
             except (ValueError, TypeError) as error:
                 if number < len(lines) - 1:
                     raise JournalError(
-                        f"{path}, line {number + 1} cannot be read ({error}), and more lines follow: the journal was "
-                        "edited or the disk is damaged. Restore it from a backup, or cut it before that line."
+                        f"{path}, line {number + 1} cannot be read ({error}), and more lines follow: restore the journal "
+                        "from a backup, or cut it before that line."
                     ) from error
                 # Only the last line can be torn, by a process killed in the middle of writing it.
                 write_atomic(self.folder / "journal.torn", line)
@@ -159,11 +148,9 @@ class Journal:
         """The steps from the beginning to `step`, by parents."""
         if not 0 <= step < len(self.steps):
             raise JournalError(f"There is no step {step}: the journal has steps 0 to {len(self.steps) - 1}.")
-        chain = []
-        at: int | None = step
-        while at is not None:
-            chain.append(self.steps[at])
-            at = self.steps[at].parent
+        chain = [self.steps[step]]
+        while chain[-1].parent is not None:
+            chain.append(self.steps[chain[-1].parent])
         return chain[::-1]
 
     def append(
@@ -175,10 +162,8 @@ class Journal:
 
         Raises
         ------
-        JournalError
-            The journal is closed.
-        FileError
-            The disk is full or the folder cannot be written; the journal is as it was before.
+        JournalError, FileError
+            The journal is closed; or it cannot be written, and is as it was before.
         """
         if self._lock is None:
             raise JournalError(f"The session on {self.folder} is closed: open it again with PruningSession.open.")
@@ -190,9 +175,7 @@ class Journal:
         try:
             line = json.dumps(step, allow_nan=False, default=lambda number: number.item()).encode()  # numpy's, torch's
         except ValueError as error:
-            raise JournalError(
-                f"A value of this {action} is NaN or infinite: kept, it would hide a failure."
-            ) from error
+            raise JournalError(f"A value of this {action} is NaN or infinite: it would hide a failure.") from error
         path = self.folder / "journal.jsonl"
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -257,7 +240,7 @@ class Journal:
         except SafetensorError as error:  # safetensors wraps the system's error
             raise FileError(
                 f"The weights of step {number} could not be written to {self.folder} ({error}). Is the disk full? "
-                "The journal is as it was; free some space and run the step again."
+                "The journal is as it was."
             ) from error
         return name
 
@@ -277,9 +260,8 @@ def versions() -> dict[str, str]:
 def _left_over(path: Path) -> bool:
     """Whether a file is what `create` makes before a run folder is one: nothing of anybody's is lost with it."""
     half_written = path.name.startswith(".config.") and path.name.endswith(".tmp.json")
-    return (
-        path.name == "lock" or half_written or (path.name == "weights" and path.is_dir() and not any(path.iterdir()))
-    )
+    empty = path.is_dir() and not any(path.iterdir())
+    return path.name == "lock" or half_written or (path.name == "weights" and empty)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -300,7 +282,7 @@ def _acquire(folder: Path):
         lock.acquire(timeout=0)
     except Timeout:
         raise JournalError(
-            f"{folder} is open in another session (a notebook, perhaps, whose kernel still runs). "
-            "A run folder has one writer: close that one, or shut its kernel down, and try again."
+            f"{folder} is open in another session, and a run folder has one writer: close that one, or shut its kernel "
+            "down, and try again."
         ) from None
     return lock

@@ -1,7 +1,6 @@
 """The loop of the method: measure, remove, distill, evaluate, until a stop rule holds.
 
-What comes next is told from the journal alone, so that a run that was killed, or steered by hand for a
-while, finds its place.
+What comes next is told from the journal alone: a run that was killed, or steered by hand, finds its place.
 """
 
 from __future__ import annotations
@@ -36,6 +35,10 @@ class RunSettings:
     def __post_init__(self):
         object.__setattr__(self, "final", self.final or None)
         read_fields(self, SessionError)
+        if self.max_loss is not None and not 0 < self.max_loss < 1:
+            raise SessionError(f"max_loss={self.max_loss}: it is a share of the teacher's quality, between 0 and 1.")
+        if self.final and self.target_layers is None:
+            raise SessionError("A final distillation follows when target_layers is reached: give it.")
 
 
 def run_steps(
@@ -47,9 +50,7 @@ def run_steps(
     suite: str | None = None,
     final: dict[str, Any] | None = None,
 ) -> Work[pd.DataFrame]:
-    """The whole method: measure, remove, distill, evaluate, until one of the paper's stop rules holds.
-
-    Called with neither rule on a run that was interrupted, it goes on with the earlier settings.
+    """The whole method, until one of the paper's stop rules holds; with neither given, it goes on as it was begun.
 
     Parameters
     ----------
@@ -66,10 +67,7 @@ def run_steps(
         Fields of `DistillConfig` for one more distillation once `target_layers` is reached, with the scope
         counted from all the layers that were removed, such as `{"tokens": 150_000, "learning_rate": 7e-4}`.
 
-    Returns
-    -------
-    DataFrame
-        `history()`.
+    Returns `history()`.
     """
     settings, resuming = _checked(run, RunSettings(target_layers, max_loss, distill, suite, final))
     if resuming and _stopped_by_loss(run):
@@ -99,20 +97,21 @@ def run_steps(
 
 def _phase_steps(run: Run, settings: RunSettings, phase: str, label: str, place: tuple[int, int]) -> Work[None]:
     """Do one phase of an iteration."""
-    if phase == "measure":
-        yield from relabel(actions.measure_steps(run), label + phase, place)
-    elif phase == "remove":
+    if phase == "remove":
         yield Progress(*place, f"{label}removed layer {actions.remove(run)}")
+        return
+    # What decides is the student at the end of an iteration: tasks and speed are measured there.
+    ends = phase == "evaluate" or not settings.distill
+    if phase == "measure":
+        work = actions.measure_steps(run)
     elif phase == "distill":
-        yield from relabel(actions.distill_steps(run), label + phase, place)
+        work = actions.distill_steps(run)
     elif phase == "final distillation":
         work = actions.distill_steps(run, _final_config(run, settings.final), gap=run.removed)
-        yield from relabel(work, label + phase, place)
     else:
-        # What decides is the student at the end of an iteration: tasks and speed are measured there.
-        ends = phase == "evaluate" or not settings.distill
         work = actions.evaluate_steps(run, settings.suite if ends else False, speed=ends, undistilled=ends)
-        found = yield from relabel(work, label + phase, place)
+    found = yield from relabel(work, label + phase, place)
+    if isinstance(found, Evaluation):
         yield Progress(*place, label + _told(found, run.steps[-1]), found, "result")
 
 
@@ -126,13 +125,7 @@ def _told(found: Evaluation, step: Step) -> str:
 
 
 def next_phase(path: list[Step], distill: bool = True) -> str:
-    """What the loop does next after the steps of a path.
-
-    Returns
-    -------
-    str
-        `"measure"`, `"remove"`, `"evaluate removal"`, `"distill"` or `"evaluate"`.
-    """
+    """What the loop does after a path: "measure", "remove", "evaluate removal", "distill" or "evaluate"."""
     done: list[str] = []
     for step in path:
         if step.action in ("remove", "create"):
@@ -178,17 +171,12 @@ def _checked(run: Run, settings: RunSettings) -> tuple[RunSettings, bool]:
             raise SessionError("Say when to stop: target_layers=..., max_loss=..., or both.")
         settings = earlier[-1]
     resuming = bool(earlier) and earlier[-1] == settings
-    now, goal, limit = len(run.student), settings.target_layers, settings.max_loss
+    now, goal = len(run.student), settings.target_layers
     if goal is not None and (goal < 1 or goal > now or (goal == now and not resuming)):
         raise SessionError(f"target_layers is {goal}: it must be at least 1 and less than today's {now} layers.")
-    if settings.final is not None:
-        if goal is None:
-            raise SessionError("A final distillation follows when target_layers is reached: give it.")
-        _final_config(run, settings.final)
+    _final_config(run, settings.final or {})
     if settings.suite is not None:
         load_suite(settings.suite)
-    if limit is not None and not 0 < limit < 1:
-        raise SessionError(f"max_loss is {limit}: it is a share of the teacher's quality, between 0 and 1.")
     return settings, resuming
 
 
@@ -204,10 +192,9 @@ def _stopped_by_loss(run: Run) -> bool:
 
 
 def _undo_if_over(run: Run, settings: RunSettings) -> bool:
-    """Undo this run's iteration that took the quality loss over the limit; the last good student is kept.
+    """Undo this run's iteration that took the quality loss over the limit, and say whether there was one.
 
-    What counts is today's student on the run's own suite: a person's evaluation by another suite, or by none,
-    has a quality loss of another kind.
+    A person's evaluation by another suite than the run's, or by none, has a quality loss of another kind.
     """
     suite, verdict = settings.suite or run.config.suite, None
     for step in run.path:

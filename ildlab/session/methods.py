@@ -1,16 +1,14 @@
 """The paper's comparison: five ways to choose and heal layers, each a run of its own, on one suite.
 
-Each method has a `PruningSession` in `folder/<method>`; its journal says how far it is, so that a
-comparison that was stopped goes on where it stood. The methods carry the names of the published curves
-(`data/published/qwen2.5-3b_aggregate_curves.csv`).
+Each method's journal says how far it is, so that a comparison that was stopped goes on where it stood. The methods
+carry the names of the published curves (`data/published/qwen2.5-3b_aggregate_curves.csv`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.results import SuiteResult
 from ildlab.files import data_dir
 from ildlab.model.load import LoadedModel
-from ildlab.progress import Progress, Work
+from ildlab.progress import Progress, Work, relabel
 from ildlab.session.config import SessionConfig
 from ildlab.session.run import Run
 from ildlab.session.session import PruningSession
@@ -66,8 +64,7 @@ def compare_steps(
     Parameters
     ----------
     folder : path
-        Of the comparison; a run folder for each method lies in it.
-    teacher : LoadedModel
+        A run folder for each method lies in it.
     remove, evaluate_every : int
         Layers to remove, and removals between two points of a curve (the last is always one).
     suite : str
@@ -84,11 +81,6 @@ def compare_steps(
     -------
     DataFrame
         The methods' curves, as of `curve`; so far as it goes, it is the `partial` of each `Progress`.
-
-    Raises
-    ------
-    SessionError
-        An unknown method, more layers to remove than there are, or a run that was begun with other settings.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
@@ -98,7 +90,7 @@ def compare_steps(
         raise SessionError(
             f"remove={remove} of {depth} layers, evaluate_every={evaluate_every}: give 1 to {depth - 1}."
         )
-    folder, parts = Path(folder), []
+    folder, parts, table = Path(folder), [], None
     skip = _rows_that_chose(ablation, ablation_options or {}, suite)
     for number, name in enumerate(methods):
         method = METHODS[name]
@@ -107,22 +99,18 @@ def compare_steps(
             options = {"suite": suite, **options}
         wanted = {"metric": metric, "measure": options, "suite": suite, **settings}
         with _session(folder / name, teacher, wanted) as session:
-            for note in _advance(session, method, remove, evaluate_every, folder / "suites"):
-                table = pd.concat([*parts, curve(session, name, skip)]) if len(session.path) > 1 else None
+            known = 0
+            for progress in _advance(session, method, remove, evaluate_every, folder / "suites"):
+                if known < len(session.steps):  # a curve costs a bootstrap: drawn where a step is new
+                    known, table = len(session.steps), pd.concat([*parts, curve(session, name, skip)])
                 done = number * remove + len(session.removed)
-                yield Progress(done, len(methods) * remove, f"{method.label}: {note}", table)
+                yield Progress(done, len(methods) * remove, f"{method.label}: {progress.note}", table)
             parts.append(curve(session, name, skip))
     return pd.concat(parts, ignore_index=True)
 
 
 def _session(folder: Path, teacher: LoadedModel, wanted: dict[str, Any]) -> PruningSession:
-    """A new run, or the one in the folder.
-
-    Raises
-    ------
-    SessionError
-        That one was begun with other settings.
-    """
+    """A new run, or the one in the folder; SessionError where that one was begun with other settings."""
     if not (folder / "config.json").exists():
         return PruningSession.create(folder, teacher, **wanted)
     session = PruningSession.open(folder, teacher)
@@ -149,37 +137,27 @@ def _settled(name: str, value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path) -> Iterator[str]:
-    """Do what a run lacks, step by step, judging by its journal alone; yields what comes next."""
+def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path) -> Work[None]:
+    """Do what a run lacks, step by step, judging by its journal alone."""
     while True:
         gone = len(session.removed)
         # A distillation that was stopped part-way is no whole one: it is done again.
         done = [step.action for step in session.path if step.whole]
         since = done[len(done) - done[::-1].index("remove") :] if gone else done
         if gone and method.distill and "distill" not in since:
-            yield from _now_and_then(f"distilling after removal {gone} of {remove}", session.distill_steps())
+            yield from relabel(session.distill_steps(), f"distilling after removal {gone} of {remove}, ")
         elif (gone % every == 0 or gone == remove) and "evaluate" not in since:
             work = session.evaluate_steps(speed=False, cache=cache)
-            yield from _now_and_then(f"evaluating at {gone} removed", work)
+            yield from relabel(work, f"evaluating at {gone} removed, ")
         elif gone >= remove:
             return
         elif "measure" not in (since if method.iterative else done):
-            yield from _now_and_then(f"measuring for removal {gone + 1}", session.measure_steps())
+            yield from relabel(session.measure_steps(), f"measuring for removal {gone + 1}, ")
         elif method.iterative:
             session.remove()
         else:  # by the scores of the whole teacher
             first = next(step.step for step in session.path if step.action == "measure")
             session.remove(next(i for i in session.scores_at(first).ranking if i not in session.removed))
-
-
-def _now_and_then(label: str, work: Work, seconds: float = 15.0) -> Iterator[str]:
-    """A label, and after it notes of the work's progress, few: a batch notebook prints a line for each."""
-    yield label
-    last = time.perf_counter()
-    for progress in work:
-        if time.perf_counter() - last > seconds:
-            last = time.perf_counter()
-            yield f"{label}, {progress.note}"
 
 
 def _rows_that_chose(ablation: str, options: dict[str, Any], suite: str) -> int:
@@ -190,38 +168,28 @@ def _rows_that_chose(ablation: str, options: dict[str, Any], suite: str) -> int:
 
 
 def curve(run: Run, name: str, skip: int = 0) -> pd.DataFrame:
-    """One row for each evaluation of a run by a suite.
-
-    `skip` are rows at the beginning of each task that layers were chosen by.
+    """One row for each evaluation of a run by a suite; layers were chosen by the first `skip` rows of each task.
 
     Returns
     -------
     DataFrame
-        `method` (the name), `layers_removed`, `share_removed`, `layer_id` (the last removed), `aggregate` with
-        `low` and `high`, `aggregate_rest` (of the rows after the first `skip`, by which nothing was chosen; NaN
-        where there are none), `corrected`, `quality_loss` with `loss_low` and `loss_high`, `perplexity`,
-        `kl`, `parameters`, and a column for each task and each canary (`canary_<name>`).
+        `method` (the name), `layers_removed`, `share_removed`, `aggregate` with `low` and `high`, `aggregate_rest` (of
+        the rows by which nothing was chosen; NaN where there are none), `corrected`, `quality_loss`, `perplexity`, `kl`,
+        `parameters`, and a column for each task and each canary (`canary_<name>`).
     """
-    rows, removed = [], []
+    rows, removed = [], 0
     for step in run.path:
-        if step.action == "remove":
-            removed.append(step.args["layer_id"])
-        elif step.action == "evaluate":
-            found = Evaluation.from_dict(step.result["evaluation"])
-            if found.suite is None:
-                continue
-            row = {
-                "method": name,
-                "layers_removed": len(removed),
-                "share_removed": len(removed) / found.teacher_layers,
-                "layer_id": removed[-1] if removed else None,
-            }
-            interval, loss = found.suite.interval(), found.quality_loss_estimate()
-            row |= {"aggregate": interval.value, "low": interval.low, "high": interval.high}
-            row |= {"aggregate_rest": _rest(found.suite, skip), "corrected": found.suite.aggregate_corrected}
-            row |= {"quality_loss": loss.value, "loss_low": loss.low, "loss_high": loss.high}
-            row |= {column: getattr(found, column) for column in ("perplexity", "kl", "parameters")}
-            rows.append(row | {task.name: task.score for task in found.suite.tasks.values()} | canary_scores(found))
+        removed += step.action == "remove"
+        if step.action != "evaluate" or step.args["suite"] is None:
+            continue
+        found = Evaluation.from_dict(step.result["evaluation"])
+        interval = found.suite.interval()
+        row = {"method": name, "layers_removed": removed, "share_removed": removed / found.teacher_layers}
+        row |= {"aggregate": interval.value, "low": interval.low, "high": interval.high}
+        row |= {"aggregate_rest": _rest(found.suite, skip), "corrected": found.suite.aggregate_corrected}
+        row |= {"quality_loss": found.loss, "perplexity": found.perplexity, "kl": found.kl}
+        row |= {"parameters": found.parameters} | {task.name: task.score for task in found.suite.tasks.values()}
+        rows.append(row | canary_scores(found))
     return pd.DataFrame(rows)
 
 

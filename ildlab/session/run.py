@@ -1,7 +1,4 @@
-"""`Run`: a run folder opened, its frozen teacher, and the student that the journal leads to.
-
-It is what the steps of the method, the loop, tables and export act on; `PruningSession` is its face for people.
-"""
+"""`Run`: what actions, loop, tables and export act on; `PruningSession` is its face for people."""
 
 from __future__ import annotations
 
@@ -32,14 +29,9 @@ FORMAT = 2  # of a run folder; 1 named its teacher by another fingerprint
 
 
 class Run:
-    """One run: a frozen teacher, the student it is pruned to, and the journal of how. Made by `create` or `open`.
+    """A run folder opened: its journal, its frozen teacher, and the student that the journal leads to.
 
-    Attributes
-    ----------
-    journal, folder, config : Journal, Path, SessionConfig
-    loaded, tokenizer : LoadedModel, and its tokenizer
-    teacher, student : LayerStack
-        The student shares with the teacher every weight that did not change.
+    Made by `create` or `open`. The student shares with the teacher every weight that did not change.
     """
 
     def __init__(self, journal: Journal, loaded: LoadedModel, teacher: LayerStack):
@@ -63,15 +55,10 @@ class Run:
         device: str = "auto",
         **settings: Any,
     ) -> Self:
-        """Start a run in a new folder.
+        """Start a run in a new folder; nothing is written where an argument is wrong, or the model cannot lose a layer.
 
         `dtype` and `device` are those of `load_model`, `settings` fields of `SessionConfig` (`distill` may be a
         `DistillConfig`).
-
-        Raises
-        ------
-        SessionError, ModelError, ExportError, TextError, JournalError
-            Before anything is written, where an argument is wrong, or the model cannot lose a layer.
         """
         config = SessionConfig.of(getattr(teacher, "name", teacher), settings)  # before the model is loaded
         loaded = _loaded(teacher, dtype, device)
@@ -80,15 +67,9 @@ class Run:
         check_describable(stack)
         splits = ("calibration", "eval") if config.eval_text else ("calibration",)
         texts = {split: text_record(load_split(config, loaded.tokenizer, split)) for split in splits}
-        facts = {
-            "ildlab_run": FORMAT,
-            "teacher": loaded.name,
-            "fingerprint": fingerprint(stack, any_dtype=True),
-            "layers": len(stack),
-            "weights_dtype": str(storage_dtype(stack)).removeprefix("torch."),
-            "settings": asdict(config),
-        }
-        journal = Journal.create(folder, facts)
+        facts = {"ildlab_run": FORMAT, "teacher": loaded.name, "fingerprint": fingerprint(stack, any_dtype=True)}
+        facts |= {"layers": len(stack), "weights_dtype": str(storage_dtype(stack)).removeprefix("torch.")}
+        journal = Journal.create(folder, facts | {"settings": asdict(config)})
         about = {"args": {"teacher": loaded.name}, "result": {"text": texts}}
         journal.append("create", layer_ids=stack.layer_ids, seed=config.seed, **about)
         return cls(journal, loaded, stack)
@@ -97,9 +78,7 @@ class Run:
     def open(
         cls, folder: str | Path, teacher: str | LoadedModel | None = None, *, dtype: str = "auto", device: str = "auto"
     ) -> Self:
-        """Go on with a run, at the step where it stood.
-
-        `teacher` says where the teacher is now, if not under the name that the run was made with.
+        """Go on with a run where it stood; `teacher` says where its teacher is now, if not under the run's name for it.
 
         Raises
         ------
@@ -119,7 +98,7 @@ class Run:
             raise
 
     def branch(self, folder: str | Path, step: int | None = None) -> Self:
-        """A second run that shares this one's past up to a step (by default today's), in a folder of its own."""
+        """A second run, in a folder of its own, that shares this one's past up to a step (by default today's)."""
         journal = self.journal.branch(folder, self.journal.head.step if step is None else step)
         return type(self)(journal, self.loaded, self.teacher)
 
@@ -179,7 +158,7 @@ class Run:
 
     @property
     def latest_scores(self) -> LayerScores | None:
-        """The last scores on the way to today's student, though it may have changed since; or None."""
+        """Latest scores on the way to today's student, though it may have changed since; or None."""
         step = self._latest("measure", since=())
         return step and self.scores_at(step.step)
 
@@ -202,19 +181,17 @@ class Run:
         return LayerScores.from_dict(record.result["scores"])
 
     def text(self, split: str, source: str | None = None, tokens: int | None = None) -> TextBlocks:
-        """The run's text blocks of a split (`"calibration"`, `"train"` or `"eval"`), or another source's.
+        """Text blocks of a split (`"calibration"`, `"train"` or `"eval"`); `tokens` asks for more than the run's.
 
         Training text is drawn anew after each removal, so that a longer run sees more text; the others stay the same,
-        so that scores and evaluations compare. `tokens` asks for more than the run's.
+        so that scores and evaluations compare.
         """
         seed = self.seed if split == "train" else self.config.seed
         key = (split, seed, source, tokens)
         if key not in self._text:
             # One text a split is kept: an old iteration's training text is not needed again.
             self._text = {other: kept for other, kept in self._text.items() if other[0] != split}
-            self._text[key] = load_split(
-                self.config, self.tokenizer, split, seed=seed, source=source, tokens=tokens or 0
-            )
+            self._text[key] = load_split(self.config, self.tokenizer, split, seed, source, tokens or 0)
         return self._text[key]
 
     def student_at(self, step: int) -> LayerStack:
@@ -236,13 +213,9 @@ class Run:
 
     @contextmanager
     def acting(self, action: str) -> Iterator[None]:
-        """Hold the run for one action: two at a time would work on a student that the other one changes.
+        """Hold the run for one action; SessionError where another is in hand, in this thread or another.
 
-        Raises
-        ------
-        SessionError
-            Another action is in hand: in the stepper, in another thread, or a generator that was begun and
-            neither ended nor closed.
+        Two at a time would work on a student that the other one changes.
         """
         if not self._busy.acquire(blocking=False):
             raise SessionError(
@@ -280,19 +253,10 @@ class Run:
         self.student = self.student_at(self.journal.head.step)
 
 
-# ---------------------------------------------------------------- helpers
-
-
 def load_split(
-    config: SessionConfig,
-    tokenizer,
-    split: str,
-    *,
-    seed: int | None = None,
-    source: str | None = None,
-    tokens: int = 0,
+    config: SessionConfig, tokenizer, split: str, seed: int | None = None, source: str | None = None, tokens: int = 0
 ) -> TextBlocks:
-    """Text blocks of a split as a config says; `tokens` asks for more than its own."""
+    """Text blocks of a split as a config says, or of another seed or source; `tokens` asks for more than its own."""
     return load_text(
         source or (split == "eval" and config.eval_text) or config.text,
         tokenizer,
@@ -306,11 +270,7 @@ def load_split(
 
 def text_record(blocks: TextBlocks) -> dict[str, Any]:
     """What a journal says of the text that a step used; `bos` are the ids that open each block, where any do."""
-    told = {
-        "source": blocks.source,
-        "fingerprint": blocks.fingerprint,
-        "bos": list(getattr(blocks, "bos", None) or ()),
-    }
+    told = {"source": blocks.source, "fingerprint": blocks.fingerprint, "bos": list(blocks.bos)}
     return told | ({"note": blocks.note} if blocks.note else {})
 
 
@@ -324,13 +284,10 @@ def _check_teacher(journal: Journal, name: str, stack: LayerStack) -> None:
     older = config.get("ildlab_run") != FORMAT
     if len(stack) != config["layers"] or not (older or found == config["fingerprint"]):
         raise JournalError(
-            f"{journal.folder} holds a run of another teacher ({config['teacher']!r}, {config['layers']} layers, "
-            f"fingerprint {config['fingerprint'][:12]}) than {name!r} ({len(stack)} layers, {found[:12]}). "
-            "Open it with that teacher, or start a run in another folder."
+            f"{journal.folder} holds a run of another teacher ({config['teacher']!r}, {config['layers']} layers) than "
+            f"{name!r} ({len(stack)} layers): open it with that one, or start a run in another folder."
         )
     if older:
         warnings.warn(
-            f"{journal.folder} was begun by an older ildlab, which named its teacher otherwise: that {name!r} is the "
-            "model that it was begun with cannot be checked.",
-            stacklevel=4,
+            f"An older ildlab began {journal.folder}: if {name!r} is its teacher cannot be checked.", stacklevel=4
         )

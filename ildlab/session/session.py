@@ -1,8 +1,7 @@
 """`PruningSession`: the loop measure -> remove -> distill -> evaluate as journaled, undoable steps.
 
 Every action that takes long is a generator of `Progress` (`measure_steps`, ...), which the stepper drives from a worker
-thread; the plain call of it (`measure`, ...) draws a bar. A step is journaled when it is whole; a process killed in the
-middle of one loses that step only, and distillation goes on from its last checkpoint.
+thread; the plain call of it (`measure`, ...) draws a bar.
 """
 
 from __future__ import annotations

@@ -18,15 +18,12 @@ COLUMNS = (
 
 
 def history_table(run: Run, step: int | None = None) -> pd.DataFrame:
-    """One row an iteration, the teacher first: what was removed and what quality was, before and after.
+    """One row an iteration, the teacher first, up to a step (by default today's student).
 
-    `step` is where the way ends; by default today's student.
-
-    Columns: `n_removed`, `layer_id`, `score`, `layers`, `parameters`, `perplexity_pruned`,
-    `kl_pruned`, `aggregate_pruned` (right after the removal), `perplexity`, `kl` (nats per token, after distillation),
-    `perplexity_undistilled`, `kl_undistilled` (the teacher without the same layers, never
-    distilled), `agreement`, `aggregate`, `loss` (the quality loss that `max_loss` limits), `seconds`, and
-    `canary_copying`, `canary_arithmetic`, `canary_brackets` (of the iteration's last evaluation).
+    Columns: `n_removed`, `layer_id`, `score`, `layers`, `parameters`; `perplexity`, `kl` (nats per token), `agreement`
+    and `aggregate` after distillation; those with `_pruned` right after the removal, those with `_undistilled` of the
+    teacher without the same layers, never distilled; `loss` (the quality loss that `max_loss` limits), `seconds`, and
+    a `canary_<name>` for each canary of the iteration's last evaluation.
     """
     rows: list[dict] = [{"n_removed": 0, "layers": len(run.teacher), "seconds": 0.0}]
     measuring = 0.0  # counts for the removal that follows it
@@ -52,9 +49,9 @@ def history_table(run: Run, step: int | None = None) -> pd.DataFrame:
 
 
 def task_table(run: Run) -> pd.DataFrame:
-    """Scores task by task: teacher | pruned (right after the last removal) | today's student, with the changes.
+    """Scores by task of suite and canaries, with the changes: teacher | pruned by the last removal | today's student.
 
-    Of the run's suite where it has been scored, and of the canaries. A model that was not scored has no column.
+    A model that was not scored has no column.
     """
     models: dict[str, Evaluation] = {}
     for step, stage in staged(run.path):
@@ -87,8 +84,7 @@ def canary_scores(found: Evaluation) -> dict[str, float]:
 def losses_table(run: Run) -> pd.DataFrame:
     """Losses of every distillation on the way to today's student, end to end.
 
-    The columns are those of the metrics files (`metrics/NNN.jsonl`), with `iteration` (layers removed
-    by then) and a running `step`.
+    Columns: those of `metrics/NNN.jsonl`, `iteration` (layers removed by then) and a running `step`.
     """
     parts, removed = [], 0
     for step in run.path:

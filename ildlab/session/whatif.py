@@ -24,27 +24,18 @@ class WhatIf:
     """What the student says and how far it is from the teacher, with some layers switched off."""
 
     prompt: str
-    off: tuple[int, ...]
-    """Layer ids switched off."""
-    student: str
+    off: tuple[int, ...]  # layer ids switched off
+    student: str  # greedy continuations of the prompt
     teacher: str
-    """Greedy continuations of the prompt."""
-    perplexity: float
+    perplexity: float  # of the text that they were judged on
     teacher_perplexity: float
-    """Of the text that they were judged on."""
-    kl: float
-    """KL(teacher || student) in nats per token on it."""
+    kl: float  # KL(teacher || student) in nats per token on it
 
     def _repr_html_(self) -> str:
         off = f", layers {', '.join(map(str, self.off))} off" if self.off else ""
-        table = pd.DataFrame(
-            {
-                "next words": [self.teacher, self.student],
-                "perplexity": [self.teacher_perplexity, self.perplexity],
-                "KL (nats/token)": [0.0, self.kl],
-            },
-            index=["teacher", f"student{off}"],
-        )
+        rows = [(self.teacher, self.teacher_perplexity, 0.0), (self.student, self.perplexity, self.kl)]
+        columns = ["next words", "perplexity", "KL (nats/token)"]
+        table = pd.DataFrame(rows, columns=columns, index=["teacher", f"student{off}"])
         style = table.style.format({"perplexity": "{:.2f}", "KL (nats/token)": "{:.4f}"}, escape="html")
         style.set_caption(f"after “{html.escape(self.prompt)}”").set_table_attributes('class="ildlab-note"')
         style.set_properties(subset=["next words"], **{"text-align": "left", "white-space": "pre-wrap"})
@@ -58,11 +49,6 @@ def what_if_steps(
     """Compare student and teacher on a prompt and a little of the eval text, with layers switched off.
 
     `tokens` are generated; `blocks` of the eval text are judged. The student is whole again afterwards.
-
-    Raises
-    ------
-    SessionError
-        The prompt is empty, a layer is not in the student, or the session is busy.
     """
     ids = run.tokenizer(prompt, return_tensors="pt").input_ids  # [1, T]
     if ids.shape[1] == 0:
@@ -81,9 +67,9 @@ def what_if_steps(
         with student.without(list(off)):
             answer = words(student)
             ours, reference, _ = both_final(student, teacher, text)
-            ends = [h[:, :-1].flatten(0, 1) for h in (ours, reference)]  # [B, T, d] -> [B (T-1), d]
-            if ours is reference:
-                ends[1] = ends[0]
-            figures = beside_teacher(student, teacher, *ends, text[:, 1:].flatten().to(student.device))
+            # [B, T, d] -> [B (T-1), d], one tensor where the two are one model
+            flat = {id(h): h[:, :-1].flatten(0, 1) for h in (ours, reference)}
+            gold = text[:, 1:].flatten().to(student.device)  # [B (T-1)]
+            figures = beside_teacher(student, teacher, flat[id(ours)], flat[id(reference)], gold)  # [4, B (T-1)]
     nll, teacher_nll, kl, _ = figures.double().mean(1).tolist()
     return WhatIf(prompt, tuple(off), answer, said, math.exp(nll), math.exp(teacher_nll), kl)
