@@ -15,15 +15,7 @@ from ildlab.model.stack import LayerStack
 
 
 class Masters:
-    """The trained layers' own weights where they are fp32, else fp32 copies beside them.
-
-    Parameters
-    ----------
-    student : LayerStack
-        Its trained layers hold weights of their own.
-    trained : sequence of int
-        Layer ids.
-    """
+    """The trained layers' own weights where they are fp32, else fp32 copies beside them."""
 
     def __init__(self, student: LayerStack, trained: Sequence[int]):
         layers = {i: student.layers[student.position(i)] for i in trained}

@@ -1,6 +1,6 @@
 """The same distillation in several processes: one a GPU, or several on a CPU, under torchrun and accelerate.
 
-The parent puts what a worker cannot load by the teacher's name (`Task`) into a temporary folder and follows the metrics.
+The parent puts what a worker cannot load by the teacher's name (`task.pt`) into a temporary folder and follows the metrics.
 Each worker builds teacher and student and takes the steps of `ildlab.distill.train`; the first writes `trained.pt` at the
 end, or where a file `stop` appears, and the parent reads it in.
 """
@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,6 @@ from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
 
 POLL = 0.2  # seconds between two looks at the metrics
-
-
-@dataclass
-class Task:
-    """What a worker is told."""
-
-    parent: int  # process id
-    load: dict[str, str]  # the teacher: what `load_model` takes
-    layer_ids: list[int]  # of the student
-    own: dict[str, Tensor]  # the student's weights that are not the teacher's
-    fingerprints: list[str]  # of student and teacher
-    plan: train.Plan
-    files: dict[str, str | None]  # checkpoint, metrics_path
 
 
 def distill_steps(
@@ -112,12 +98,20 @@ def _check_devices(teacher: LayerStack, processes: int) -> None:
         raise DistillError(f"processes={processes}: torch sees {torch.cuda.device_count()} GPUs, and each takes one.")
 
 
-def _task(student: LayerStack, teacher: LayerStack, plan: train.Plan, name: str, files: dict) -> Task:
-    load = {"name": str(name), "device": "cpu" if teacher.device.type == "cpu" else "auto", "dtype": str(teacher.model.dtype).removeprefix("torch.")}
+def _task(student: LayerStack, teacher: LayerStack, plan: train.Plan, name: str, files: dict) -> dict[str, Any]:
+    """What a worker is told."""
     theirs = dict(_pruned(teacher, student.layer_ids).model.named_parameters())
-    own = {n: p.detach() for n, p in student.model.named_parameters() if p.data_ptr() != theirs[n].data_ptr()}
-    names = [fingerprint(stack, any_dtype=True) for stack in (student, teacher)]
-    return Task(os.getpid(), load, student.layer_ids, own, names, plan, files)
+    dtype = str(teacher.model.dtype).removeprefix("torch.")
+    device = "auto" if teacher.device.type == "cuda" else "cpu"  # "auto" is the worker's own GPU
+    return {
+        "parent": os.getpid(),
+        "load": {"name": str(name), "dtype": dtype, "device": device},
+        "layer_ids": student.layer_ids,
+        "own": {n: p.detach() for n, p in student.model.named_parameters() if p.data_ptr() != theirs[n].data_ptr()},
+        "fingerprints": [fingerprint(stack, any_dtype=True) for stack in (student, teacher)],
+        "plan": plan,
+        "files": files,
+    }
 
 
 def _pruned(teacher: LayerStack, layer_ids: Sequence[int]) -> LayerStack:
@@ -172,19 +166,21 @@ def _work(folder: Path) -> None:
     """Take the steps, in one of the processes."""
     import psutil
 
-    task: Task = torch.load(folder / "task.pt", map_location="cpu", weights_only=False)
-    plan, teacher = task.plan, LayerStack(load_model(**task.load).model)
-    student = _pruned(teacher, task.layer_ids)
-    for name, tensor in task.own.items():
+    task = torch.load(folder / "task.pt", map_location="cpu", weights_only=False)
+    plan, teacher = task["plan"], LayerStack(load_model(**task["load"]).model)
+    student = _pruned(teacher, task["layer_ids"])
+    for name, tensor in task["own"].items():
         place, _, leaf = name.rpartition(".")
         # Not written into the tensor that is there: it is the teacher's as well.
         setattr(student.model.get_submodule(place), leaf, nn.Parameter(tensor.to(teacher.device), requires_grad=False))
-    if [fingerprint(stack, any_dtype=True) for stack in (student, teacher)] != task.fingerprints:
-        raise DistillError(f"{task.load['name']!r} does not load the teacher in memory, which several processes need.")
-    work = train.distill_steps(student, teacher, plan.text, plan.config, gap=plan.gaps, **task.files)
+    if [fingerprint(stack, any_dtype=True) for stack in (student, teacher)] != task["fingerprints"]:
+        raise DistillError(
+            f"{task['load']['name']!r} does not load the teacher in memory, which several processes need."
+        )
+    work = train.distill_steps(student, teacher, plan.text, plan.config, gap=plan.gaps, **task["files"])
     first = os.environ["RANK"] == "0"
     for _ in work:
-        if not psutil.pid_exists(task.parent):
+        if not psutil.pid_exists(task["parent"]):
             raise SystemExit("The notebook or program that asked for this distillation is gone.")
         if first and (folder / "stop").exists():
             break

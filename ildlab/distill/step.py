@@ -26,15 +26,7 @@ BOTTOM_BYTES = 2**30  # most memory for the hidden states of frozen bottom layer
 class DistillStep:
     """The loss of a student against its teacher on one micro-batch.
 
-    Parameters
-    ----------
-    student, teacher : LayerStack
-        The student's trained layers hold weights of their own.
-    trained : sequence of int
-        Layer ids that train.
-    points : sequence of int
-        Layer ids after which hidden states are matched.
-    config : DistillConfig
+    `trained` are the layer ids that train, of weights of their own; after those of `points` hidden states are matched.
     """
 
     def __init__(

@@ -60,15 +60,6 @@ def distill_steps(
     metrics_path : path, optional
         A JSONL file; one record a line, as in `DistillResult.history`.
 
-    Yields
-    ------
-    Progress
-        `partial` is the step's record.
-
-    Returns
-    -------
-    DistillResult
-
     Raises
     ------
     DistillError
