@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from ildlab.distill.config import DistillConfig
 from ildlab.distill.losses import divergence
 from ildlab.distill.masters import Masters
 from ildlab.distill.scope import match_points, resolve_scope
-from ildlab.distill.step import DistillStep, gradient_norms
+from ildlab.distill.step import DistillStep
 from ildlab.distill.train import distill, distill_steps
 from ildlab.errors import DistillError, NotFiniteError, TextError
 from ildlab.model.load import load_model
@@ -143,9 +142,8 @@ def test_padding_never_counts_per_token(tiny):
     [
         {},
         {"divergence": "reverse_kl", "temperature": 2.0},
-        {"divergence": "jsd", "hidden_loss": "relative_mse", "hidden_at": "all"},
-        {"hidden_loss": "cosine", "hidden_after_norm": True, "ce_weight": 0.3, "kl_positions": 5},
-        {"hidden_at": [3], "kl_weight": 0.5},
+        {"divergence": "jsd", "hidden_loss": "relative_mse", "scope": [3]},
+        {"hidden_loss": "cosine", "ce_weight": 0.3, "kl_positions": 5},
         {"hidden_weight": 0.0},
         {"kl_weight": 0.0},
     ],
@@ -242,19 +240,6 @@ def test_a_teacher_of_other_embeddings_starts_from_its_own(tiny):
         want = divergence(*(stack.logits(stack.final(rows(2).long())) for stack in (student, teacher))).mean()
     first = replace(BASE, scope="all", batch_size=2, tokens=24)
     assert distill(student, teacher, rows(2), first, gap=2).history.kl[0] == pytest.approx(want.item(), rel=1e-4)
-
-
-def test_gradient_norms_are_those_of_the_first_step_and_the_student_stays(tiny):
-    student, teacher = pair(tiny)
-    before = weights(student)
-    config = replace(BASE, ce_weight=0.5, clip=None, tokens=48)
-    norms = gradient_norms(student, teacher, rows(4), config, gap=2)
-    assert list(norms) == ["kl", "hidden", "ce"] and list(norms.index) == [3, 4]
-    assert same(before, weights(student)) and not any(p.requires_grad for p in student.model.parameters())
-    for term in norms:
-        alone = {f"{name}_weight": getattr(config, f"{name}_weight") if name == term else 0.0 for name in norms}
-        record = distill(*pair(tiny), rows(4), replace(config, **alone), gap=2).history.iloc[0]
-        assert math.hypot(*norms[term]) == pytest.approx(record.grad_norm, rel=1e-4), term
 
 
 def test_bf16_model_has_fp32_masters(tiny):
@@ -441,13 +426,6 @@ def test_what_is_not_part_of_the_loss_is_not_zero_but_missing(tiny):
     assert note.startswith("loss ") and "hidden" in note and "kl" not in note
 
 
-def test_a_layer_that_nothing_reaches_is_refused(tiny, tmp_path):
-    student, teacher = pair(tiny)
-    config = replace(BASE, scope="suffix", kl_weight=0.0, hidden_at=(3,))
-    with pytest.raises(DistillError, match=r"Layers \[4\] lie above"):
-        distill(student, teacher, rows(), config, gap=2, checkpoint=tmp_path / "c.safetensors")
-
-
 @pytest.mark.parametrize("scope", [(4,), "suffix"])
 def test_frozen_bottom_runs_once_over_several_epochs(tiny, scope, monkeypatch):
     """32 rows of a text of 10: layers 0 and 1 are shared, layer 3 is frozen but healed before, 4 trains."""
@@ -494,8 +472,6 @@ def test_frozen_bottom_runs_once_over_several_epochs(tiny, scope, monkeypatch):
         {"schedule": "step"},
         {"warmup": 2},
         {"reduction": "paper", "ce_weight": 1},
-        {"hidden_at": "first"},
-        {"hidden_at": [0]},
         {"scope": [2]},
         {"divergence": "kl"},
     ],
@@ -521,7 +497,7 @@ def test_a_config_is_checked_where_it_is_made_and_stays(tiny):
 
 
 def test_config_survives_json(tiny):
-    config = DistillConfig(scope=[1, 3], hidden_at=[3], adam_betas=(0.9, 0.95))
+    config = DistillConfig(scope=[1, 3], clip=None, learning_rate=1e-3)
     assert DistillConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(DistillError, match="learnig_rate"):
         DistillConfig.from_dict({"learnig_rate": 1})
@@ -560,7 +536,6 @@ def test_smollm2_heals(teacher, blocks):
     result = distill(student, whole, blocks.tokens[:4], config, gap=20)
     assert result.trained == [18, 19, 21, 22]
     assert result.history.kl.iloc[-1] < 0.85 * result.history.kl.iloc[0]
-    assert math.isfinite(result.tokens_per_second)
 
 
 # ---------------------------------------------------------------- several processes

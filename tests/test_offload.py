@@ -9,7 +9,6 @@ import torch
 from ildlab import LayerStack, measure
 from ildlab.evaluate import evaluate
 from ildlab.importance import drift, logit_lens, redundancy, token_drift
-from ildlab.model.head import normed
 from ildlab.model.offload import is_offloaded
 
 
@@ -51,7 +50,6 @@ def test_every_figure_is_that_of_the_model_in_one_place(both):
                 "lens": logit_lens(student, ids[0], _Words(), teacher=teacher)["entropy"],
                 "taylor": measure(student, ids, "taylor").table["score"],
                 "kl": measure(student, ids, "kl", teacher, race=True).table["score"],
-                "normed": normed(student, student.final(ids)),
             }
         )
     for name, wanted in found[0].items():

@@ -16,6 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "train": ["distill", "distill_steps"],
         "losses": ["Divergence", "divergence", "hidden_distance"],
         "batches": ["Counts"],
-        "step": ["DistillStep", "gradient_norms"],
+        "step": ["DistillStep"],
     },
 )

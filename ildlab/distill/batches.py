@@ -44,7 +44,7 @@ def global_batch(step: int, text: Rows, config: DistillConfig) -> GlobalBatch:
     rows = row_order(step, len(text.tokens), config)
     mask = torch.ones(len(rows), text.tokens.shape[1]) if text.mask is None else text.mask[rows].float()  # [B, T]
     positions = _positions(step, mask, config)
-    return GlobalBatch(step, rows, positions, token_counts(mask, positions, config))
+    return GlobalBatch(step, rows, positions, _counts(mask, positions, config))
 
 
 def row_order(step: int, count: int, config: DistillConfig) -> Tensor:
@@ -64,7 +64,7 @@ def _positions(step: int, mask: Tensor, config: DistillConfig) -> Tensor | None:
     return draw.topk(config.kl_positions, dim=1).indices.sort(dim=1).values  # [B, T] -> [B, P]
 
 
-def token_counts(mask: Tensor, positions: Tensor | None, config: DistillConfig) -> Counts:
+def _counts(mask: Tensor, positions: Tensor | None, config: DistillConfig) -> Counts:
     """Tokens that count in each term, of a mask [B, T] and sampled positions [B, P]."""
     if config.reduction == "paper":  # where padding counts as well
         return Counts(mask.numel(), mask.numel(), 1)

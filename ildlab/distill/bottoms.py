@@ -14,14 +14,7 @@ from torch import Tensor
 class BottomStore:
     """Hidden states [rows, T, d] at a few depths, filled row by row.
 
-    Parameters
-    ----------
-    rows, block, width : int
-        Rows of the text, tokens in a row, width of a hidden state.
-    names : sequence of str
-        One tensor each.
-    dtype : torch.dtype
-        The model's own: what comes back is what was put in, bit for bit.
+    Each name has a tensor of its own, in the model's dtype: what comes back is what was put in, bit for bit.
     """
 
     def __init__(self, rows: int, block: int, width: int, names: list[str], dtype: torch.dtype):

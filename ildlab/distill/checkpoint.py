@@ -34,12 +34,11 @@ class Checkpoint:
         """Take up weights and optimizer state."""
         masters.write([self.tensors[f"weight/{n}"] for n in masters.names])
         for name, master in zip(masters.names, masters.tensors, strict=True):
-            if f"step/{name}" not in self.tensors:
-                continue
-            # On CUDA the fused AdamW keeps its count on the device too.
-            optimizer.state[master] = {
-                key: self.tensors[f"{key}/{name}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            if f"step/{name}" in self.tensors:
+                # On CUDA the fused AdamW keeps its count on the device too.
+                optimizer.state[master] = {
+                    key: self.tensors[f"{key}/{name}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")
+                }
 
 
 def decisive(config: DistillConfig) -> dict[str, Any]:
@@ -81,10 +80,7 @@ def save_checkpoint(
 def load_checkpoint(path: Path | str, name: str) -> Checkpoint | None:
     """What `save_checkpoint` wrote, or None where there is no file.
 
-    Raises
-    ------
-    DistillError
-        The file belongs to another distillation, or cannot be read.
+    Raises DistillError where the file belongs to another distillation, or cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 

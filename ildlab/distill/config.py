@@ -20,23 +20,17 @@ class DistillConfig:
     The defaults follow the runs in docs/distillation.md, which says how far they go;
     `DistillConfig.paper()` is the published loss and scope to the letter.
 
-    Raises
-    ------
-    DistillError
-        A field asks for something impossible; the message names it.
+    Raises DistillError where a field asks for something impossible.
     """
 
     scope: str | tuple[int, ...] = "window(2)"
     """Layers that train: "neighbours" (the one below and the one above each gap), "window(k)" (k on each
     side), "suffix" (all above the lowest gap, earlier removals' included), "suffix(k)" (and k below it),
     "all", or layer ids."""
-
     divergence: DivergenceKind = "forward_kl"
     """"forward_kl" KL(teacher || student), "reverse_kl", or "jsd"."""
     temperature: float = 1.0
     """Temperature of the divergence; it is multiplied by T^2."""
-    beta: float = 0.5
-    """Weight of the teacher in "jsd"."""
     kl_weight: float = 1.0
     """Weight of the divergence; 0 leaves it out."""
     kl_positions: int | None = None
@@ -45,12 +39,7 @@ class DistillConfig:
     hidden_loss: HiddenLoss = "relative_mse"
     """"mse" (the paper), "relative_mse" (over the teacher's squared norm, token by token) or "cosine"."""
     hidden_weight: float = 1.0
-    """Weight of the hidden-state loss; 0 leaves it out."""
-    hidden_at: Literal["last_trainable+last", "last", "all"] | tuple[int, ...] = "last_trainable+last"
-    """Where hidden states are matched, by layer id: after the last trainable layer and after the last
-    layer (the paper), "last", "all" (every student layer from the first trainable up), or layer ids."""
-    hidden_after_norm: bool = False
-    """Match the last hidden state after the final norm instead of before it."""
+    """Weight of the hidden-state loss, after the last layer that trains and after the last; 0 leaves it out."""
 
     ce_weight: float = 0.0
     """Weight of the cross entropy with the data's own next tokens."""
@@ -70,10 +59,6 @@ class DistillConfig:
     """Part of the steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """After the warm-up: "constant", "linear" (to 0) or "cosine" (to 0)."""
-    weight_decay: float = 0.0
-    """AdamW's decoupled weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's running averages."""
     clip: float | None = 1.0
     """Largest norm of the whole gradient; None leaves it as it is."""
     seed: int | None = None
@@ -89,7 +74,7 @@ class DistillConfig:
             scope_parts(self.scope)
         if self.kl_weight == self.hidden_weight == self.ce_weight == 0:
             raise DistillError("kl_weight, hidden_weight and ce_weight are all 0: there is nothing to learn from.")
-        for name in ("kl_weight", "hidden_weight", "ce_weight", "weight_decay"):
+        for name in ("kl_weight", "hidden_weight", "ce_weight"):
             self._require(name, getattr(self, name) >= 0, "it cannot be negative")
         for name in ("batch_size", "tokens", "micro_batch", "kl_positions", "checkpoint_every"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "it must be at least 1")
@@ -119,7 +104,7 @@ class DistillConfig:
     @property
     def spec(self) -> Divergence:
         """The divergence as `losses` takes it."""
-        return Divergence(self.divergence, self.temperature, self.beta)
+        return Divergence(self.divergence, self.temperature)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict of every field."""
@@ -132,13 +117,7 @@ class DistillConfig:
 
 
 def scope_parts(scope: str) -> tuple[str, int]:
-    """Name of a scope, and how many layers it reaches.
-
-    Raises
-    ------
-    DistillError
-        There is no such scope.
-    """
+    """Name of a scope, and how many layers it reaches; DistillError where there is none such."""
     match = re.fullmatch(r"(window|suffix)\((\d+)\)", scope)
     name, reach = (match[1], int(match[2])) if match else (scope, 1 if scope == "neighbours" else 0)
     if name not in ("neighbours", "window", "suffix", "all") or (name == "window" and reach < 1):
@@ -163,7 +142,7 @@ class DistillResult:
     trained, gap : list of int
         Layer ids.
     tokens, steps, seconds
-        Work done, resumed parts included.
+        Resumed parts included.
     peak : int
         Most memory in use, in bytes: of the process on a CPU, of the device on CUDA; of the first of several processes.
     """
@@ -176,11 +155,6 @@ class DistillResult:
     seconds: float
     peak: int = 0
     config: DistillConfig = field(default_factory=DistillConfig)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Training tokens a second."""
-        return self.tokens / self.seconds if self.seconds else float("nan")
 
     def __repr__(self) -> str:
         return f"DistillResult(trained={self.trained}, {self.steps} steps, {self.tokens} tokens, {self.seconds:.1f} s)"

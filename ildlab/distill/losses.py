@@ -30,25 +30,19 @@ class Divergence:
     ----------
     kind : {"forward_kl", "reverse_kl", "jsd"}
         KL(p || q), which covers every mode of the teacher; KL(q || p), which keeps to its main modes;
-        the generalised Jensen-Shannon divergence `beta KL(p || m) + (1 - beta) KL(q || m)` with
-        `m = beta p + (1 - beta) q` (Agarwal et al. 2024, GKD, eq. 4).
+        the Jensen-Shannon divergence `(KL(p || m) + KL(q || m)) / 2` with `m = (p + q) / 2`.
     temperature : float
         Both logits are divided by T, and the divergence is multiplied by T^2, so that its gradient keeps
         its size (Hinton et al. 2015).
-    beta : float
-        Weight of the teacher in "jsd", in (0, 1).
     """
 
     kind: DivergenceKind = "forward_kl"
     temperature: float = 1.0
-    beta: float = 0.5
 
     def __post_init__(self):
         read_fields(self, DistillError)
         if not self.temperature > 0:
             raise DistillError(f"temperature={self.temperature}: it must be above 0.")
-        if not 0 < self.beta < 1:
-            raise DistillError(f"beta={self.beta}: it must lie between 0 and 1.")
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence = Divergence()) -> Tensor:
@@ -71,14 +65,9 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, spec: Divergence 
     elif spec.kind == "reverse_kl":
         value = kl_per_token(logq, logp)
     else:
-        logm = log_mixture(logp, logq, spec.beta)
-        value = spec.beta * kl_per_token(logp, logm) + (1 - spec.beta) * kl_per_token(logq, logm)
+        logm = torch.logaddexp(logp, logq) - math.log(2)  # [..., V]
+        value = (kl_per_token(logp, logm) + kl_per_token(logq, logm)) / 2
     return value * spec.temperature**2
-
-
-def log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
-    """log(beta p + (1 - beta) q) of two log-probabilities [..., V]."""
-    return torch.logaddexp(logp + math.log(beta), logq + math.log(1 - beta))
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, kind: HiddenLoss = "mse") -> Tensor:

@@ -15,15 +15,7 @@ from ildlab.model.stack import LayerStack
 
 
 class Masters:
-    """The trained layers' own weights where they are fp32, else fp32 copies beside them.
-
-    Parameters
-    ----------
-    student : LayerStack
-        Its trained layers hold weights of their own.
-    trained : sequence of int
-        Layer ids.
-    """
+    """The trained layers' own weights where they are fp32, else fp32 copies beside them."""
 
     def __init__(self, student: LayerStack, trained: Sequence[int]):
         layers = {i: student.layers[student.position(i)] for i in trained}
@@ -35,13 +27,6 @@ class Masters:
             raise DistillError(f"Layers {list(trained)} hold no weights that can train.")
         self.names, self.params = list(found), list(found.values())
         self.tensors = [p if p.dtype in (torch.float32, torch.float64) else p.detach().float() for p in self.params]
-
-    def groups(self, weight_decay: float) -> list[dict]:
-        """Parameter groups for the optimizer: norms and biases do not decay."""
-        matrices = [t for t in self.tensors if t.dim() > 1]
-        vectors = [t for t in self.tensors if t.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return [g for g in groups if g["params"]]
 
     def gather(self) -> None:
         """Add the working weights' gradients to the masters', in fp32."""
@@ -58,11 +43,6 @@ class Masters:
                 master.grad = torch.zeros_like(master)
             torch.distributed.all_reduce(master.grad)
 
-    def clear(self) -> None:
-        """Forget the gradients."""
-        for master in self.tensors:
-            master.grad = None
-
     @torch.no_grad()
     def push(self) -> None:
         """Write the masters to the working weights."""
@@ -70,7 +50,6 @@ class Masters:
             if master is not param:
                 param.copy_(master)
 
-    @torch.no_grad()
     def copy(self) -> list[Tensor]:
         """Copies of the masters."""
         return [t.detach().clone() for t in self.tensors]
@@ -99,9 +78,8 @@ def peak_memory(device: torch.device) -> int:
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    with contextlib.suppress(ImportError):
+    if sys.platform == "darwin":
         import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return 0  # Windows: not known
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 0  # not known

@@ -1,8 +1,8 @@
 """The same distillation in several processes: one a GPU, or several on a CPU, under torchrun and accelerate.
 
-The parent writes to a temporary folder what a worker cannot load by the teacher's name (`given.safetensors`, `plan.json`)
-and follows the metrics. Each worker builds teacher and student from it and takes the steps of `ildlab.distill.train`;
-the first writes `trained.safetensors` at the end, or where a file `stop` appears, and the parent reads it in.
+The parent puts what a worker cannot load by the teacher's name (`task.pt`) into a temporary folder and follows the metrics.
+Each worker builds teacher and student and takes the steps of `ildlab.distill.train`; the first writes `trained.pt` at the
+end, or where a file `stop` appears, and the parent reads it in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ildlab import errors
 from ildlab.distill import train
@@ -30,11 +30,8 @@ from ildlab.model.fingerprints import fingerprint
 from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
-from ildlab.text.rows import Rows
 
 POLL = 0.2  # seconds between two looks at the metrics
-STEP = 600.0  # seconds that a step under way is waited for where the work is closed
-GRACE = 60.0  # seconds that processes are given to end by themselves
 
 
 def distill_steps(
@@ -51,19 +48,9 @@ def distill_steps(
 ) -> Work[DistillResult]:
     """`ildlab.distill.train.distill_steps` in `processes` processes; the student in memory gets the trained weights.
 
-    Parameters
-    ----------
-    processes : int
-        1 is this very process. `batch_size` stays that of the whole, and has to be a multiple.
-    teacher_name : str
-        What `load_model` takes to load `teacher` again.
-
-    Closing the generator ends the processes, and the student gets the weights of the last step yielded, or a later one.
-
-    Raises
-    ------
-    DistillError
-        As there; or a process died: the student is as it was, and the message has the end of the processes' log.
+    `batch_size` stays that of the whole, and has to be a multiple; `teacher_name` is what `load_model` takes to load
+    `teacher` again. Closing the generator ends the processes, and the student gets the weights of the last step yielded,
+    or of a later one. Raises DistillError too where a process dies: the student is then as it was.
     """
     files = {"checkpoint": checkpoint, "metrics_path": metrics_path}
     if processes == 1:
@@ -73,10 +60,10 @@ def distill_steps(
     _check_devices(teacher, processes)
     with tempfile.TemporaryDirectory(prefix="ildlab-") as name:
         folder = Path(name)
-        files = {k: str(Path(v).absolute()) if v else None for k, v in files.items()}
-        metrics = Path(files["metrics_path"] or folder / "metrics.jsonl")
+        metrics = Path(metrics_path or folder / "metrics.jsonl").absolute()
         metrics.unlink(missing_ok=True)  # written anew; a checkpoint holds the records of the steps before it
-        _give(folder, student, teacher, plan, {**files, "metrics_path": str(metrics), "teacher": str(teacher_name)})
+        files = {"checkpoint": checkpoint and str(Path(checkpoint).absolute()), "metrics_path": str(metrics)}
+        torch.save(_task(student, teacher, plan, teacher_name, files), folder / "task.pt")
         history: list[dict] = []
         job = _launch(folder, processes)
         try:
@@ -91,13 +78,13 @@ def distill_steps(
         except GeneratorExit:
             if history:
                 (folder / "stop").touch()
-                end = time.monotonic() + STEP
-                while not (folder / "trained.safetensors").exists() and job.poll() is None and time.monotonic() < end:
+                while not (folder / "trained.pt").exists() and job.poll() is None:
                     time.sleep(POLL)
                 _take(folder, student, plan.trained)
             raise
         finally:
-            _end(job)
+            job.terminate()  # where it still runs: torchrun ends its workers, after 30 seconds by force
+            job.wait()
         if job.returncode:
             raise _failure(folder, job.returncode)
         peak = _take(folder, student, plan.trained)
@@ -111,29 +98,20 @@ def _check_devices(teacher: LayerStack, processes: int) -> None:
         raise DistillError(f"processes={processes}: torch sees {torch.cuda.device_count()} GPUs, and each takes one.")
 
 
-def _give(folder: Path, student: LayerStack, teacher: LayerStack, plan: train.Plan, more: dict) -> None:
-    """Write what workers need: the student's tensors that are not the teacher's, the text, and how to train."""
-    from safetensors.torch import save_file
-
-    twin = _pruned(teacher, student.layer_ids)
-    theirs = dict(twin.model.named_parameters())
-    own = {n: p for n, p in student.model.named_parameters() if p.data_ptr() != theirs[n].data_ptr()}
-    text = {"tokens": plan.text.tokens, "mask": plan.text.mask}
-    tensors = {f"student/{n}": p.detach() for n, p in own.items()} | {n: t for n, t in text.items() if t is not None}
-    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "given.safetensors")
-    told = {
+def _task(student: LayerStack, teacher: LayerStack, plan: train.Plan, name: str, files: dict) -> dict[str, Any]:
+    """What a worker is told."""
+    theirs = dict(_pruned(teacher, student.layer_ids).model.named_parameters())
+    dtype = str(teacher.model.dtype).removeprefix("torch.")
+    device = "auto" if teacher.device.type == "cuda" else "cpu"  # "auto" is the worker's own GPU
+    return {
         "parent": os.getpid(),
-        "fingerprints": [fingerprint(stack, any_dtype=True) for stack in (student, teacher)],
-        "dtype": str(teacher.model.dtype).removeprefix("torch."),
-        "cuda": teacher.device.type == "cuda",
+        "load": {"name": str(name), "dtype": dtype, "device": device},
         "layer_ids": student.layer_ids,
-        "source": plan.text.source,
-        "text": plan.text.text,
-        "config": plan.config.to_dict(),
-        "gap": plan.gaps,
-        "trained": plan.trained,
+        "own": {n: p.detach() for n, p in student.model.named_parameters() if p.data_ptr() != theirs[n].data_ptr()},
+        "fingerprints": [fingerprint(stack, any_dtype=True) for stack in (student, teacher)],
+        "plan": plan,
+        "files": files,
     }
-    (folder / "plan.json").write_text(json.dumps(told | more), encoding="utf-8")
 
 
 def _pruned(teacher: LayerStack, layer_ids: Sequence[int]) -> LayerStack:
@@ -146,20 +124,11 @@ def _pruned(teacher: LayerStack, layer_ids: Sequence[int]) -> LayerStack:
 def _launch(folder: Path, processes: int) -> subprocess.Popen:
     # torchrun, on which accelerate's own launcher stands too; with --cpu, that one would start a single process.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["-m", "ildlab.distill.processes", str(folder)]
     with open(folder / "log", "wb") as log:
         # A session of its own: an interrupt of a notebook's cell reaches the parent alone, which then ends all.
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-
-
-def _end(job: subprocess.Popen) -> None:
-    if job.poll() is None:
-        job.terminate()  # the launcher ends its workers
-        try:
-            job.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            job.kill()
-            job.wait()
+        return subprocess.Popen(
+            [*command, "-m", __name__, str(folder)], stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def _failure(folder: Path, status: int) -> IldlabError:
@@ -176,16 +145,18 @@ def _failure(folder: Path, status: int) -> IldlabError:
 @torch.no_grad()
 def _take(folder: Path, student: LayerStack, trained: Sequence[int]) -> int:
     """Put the trained weights into the student; returns the peak memory of the process that wrote them."""
-    from safetensors import safe_open
-
-    if not (folder / "trained.safetensors").exists():
+    if not (folder / "trained.pt").exists():
         raise DistillError("The processes of the distillation left no weights; the student is as it was.")
-    with safe_open(folder / "trained.safetensors", framework="pt") as file:
-        student.own(trained)
-        for layer_id in trained:
-            for name, param in student.layers[student.position(layer_id)].named_parameters():
-                param.copy_(file.get_tensor(f"{layer_id}.{name}"))
-        return int(file.metadata()["peak"])
+    given = torch.load(folder / "trained.pt", map_location="cpu")
+    student.own(trained)
+    for name, param in _weights(student, trained).items():
+        param.copy_(given["weights"][name])
+    return given["peak"]
+
+
+def _weights(student: LayerStack, trained: Sequence[int]) -> dict[str, Tensor]:
+    layers = {i: student.layers[student.position(i)] for i in trained}
+    return {f"{i}.{n}": p for i, layer in layers.items() for n, p in layer.named_parameters()}
 
 
 # ------------------------------------------------------------------ a worker
@@ -194,34 +165,30 @@ def _take(folder: Path, student: LayerStack, trained: Sequence[int]) -> int:
 def _work(folder: Path) -> None:
     """Take the steps, in one of the processes."""
     import psutil
-    from safetensors.torch import load_file, save_file
 
-    told = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    given = load_file(folder / "given.safetensors")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if told["cuda"] else "cpu"
-    teacher = LayerStack(load_model(told["teacher"], dtype=told["dtype"], device=device).model)
-    student = _pruned(teacher, told["layer_ids"])
-    for name in [n for n in given if n.startswith("student/")]:
-        place, _, leaf = name.removeprefix("student/").rpartition(".")
+    task = torch.load(folder / "task.pt", map_location="cpu", weights_only=False)
+    plan, teacher = task["plan"], LayerStack(load_model(**task["load"]).model)
+    student = _pruned(teacher, task["layer_ids"])
+    for name, tensor in task["own"].items():
+        place, _, leaf = name.rpartition(".")
         # Not written into the tensor that is there: it is the teacher's as well.
-        setattr(student.model.get_submodule(place), leaf, nn.Parameter(given[name].to(device), requires_grad=False))
-    if [fingerprint(stack, any_dtype=True) for stack in (student, teacher)] != told["fingerprints"]:
-        raise DistillError(f"{told['teacher']!r} does not load the teacher in memory, which several processes need.")
-    text = Rows(given["tokens"], given.get("mask"), told["source"], told["text"])
-    config, files = DistillConfig.from_dict(told["config"]), {k: told[k] for k in ("checkpoint", "metrics_path")}
-    work = train.distill_steps(student, teacher, text, config, gap=told["gap"], **files)
+        setattr(student.model.get_submodule(place), leaf, nn.Parameter(tensor.to(teacher.device), requires_grad=False))
+    if [fingerprint(stack, any_dtype=True) for stack in (student, teacher)] != task["fingerprints"]:
+        raise DistillError(
+            f"{task['load']['name']!r} does not load the teacher in memory, which several processes need."
+        )
+    work = train.distill_steps(student, teacher, plan.text, plan.config, gap=plan.gaps, **task["files"])
     first = os.environ["RANK"] == "0"
     for _ in work:
-        if not psutil.pid_exists(told["parent"]):
+        if not psutil.pid_exists(task["parent"]):
             raise SystemExit("The notebook or program that asked for this distillation is gone.")
         if first and (folder / "stop").exists():
             break
     work.close()
     if first:
-        layers = {i: student.layers[student.position(i)] for i in told["trained"]}
-        tensors = {f"{i}.{n}": p.contiguous() for i, layer in layers.items() for n, p in layer.named_parameters()}
-        with atomic_file(folder / "trained.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"peak": str(peak_memory(student.device))})
+        trained = {name: p.detach() for name, p in _weights(student, plan.trained).items()}
+        with atomic_file(folder / "trained.pt") as temporary:
+            torch.save({"weights": trained, "peak": peak_memory(student.device)}, temporary)
 
 
 if __name__ == "__main__":

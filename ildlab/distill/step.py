@@ -6,25 +6,19 @@ layer builds a graph. Below, B is sequences, T their tokens, P sampled positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
 
-import pandas as pd
 import torch
 from torch import Tensor
 
-from ildlab.distill.batches import Counts, has_next, token_counts
+from ildlab.distill.batches import Counts, has_next
 from ildlab.distill.bottoms import BottomStore
 from ildlab.distill.config import DistillConfig
 from ildlab.distill.fused import fused_divergence
 from ildlab.distill.losses import hidden_distance
-from ildlab.distill.scope import match_points, resolve_scope
 from ildlab.model.capture import Trunk
-from ildlab.model.head import normed
 from ildlab.model.shared import shared_prefix
 from ildlab.model.stack import Batch, LayerStack
-from ildlab.text.rows import Rows
 
 BOTTOM_BYTES = 2**30  # most memory for the hidden states of frozen bottom layers; more text runs them in every epoch
 
@@ -32,15 +26,7 @@ BOTTOM_BYTES = 2**30  # most memory for the hidden states of frozen bottom layer
 class DistillStep:
     """The loss of a student against its teacher on one micro-batch.
 
-    Parameters
-    ----------
-    student, teacher : LayerStack
-        The student's trained layers hold weights of their own.
-    trained : sequence of int
-        Layer ids that train.
-    points : sequence of int
-        Layer ids after which hidden states are matched.
-    config : DistillConfig
+    `trained` are the layer ids that train, of weights of their own; after those of `points` hidden states are matched.
     """
 
     def __init__(
@@ -58,8 +44,7 @@ class DistillStep:
         # Point -> the teacher's depth whose hidden state it meets: after the layer of the same id.
         self.depth = {i: len(teacher) if i == last else teacher.position(i) + 1 for i in points}
         # The published formula adds both terms, even where the last trainable layer is the last layer.
-        both = config.reduction == "paper" and config.hidden_at == "last_trainable+last" and len(points) == 1
-        self.times = 2 if both else 1
+        self.times = 2 if config.reduction == "paper" and len(points) == 1 else 1
         self.squares = torch.zeros(2, device=student.device)  # no copy to the host in a backward hook
         self.bottoms: BottomStore | None = None
 
@@ -90,8 +75,7 @@ class DistillStep:
         -------
         loss : Tensor, scalar
         stats : Tensor [3 + points]
-            Sums over this micro-batch: divergence, cross entropy, agreeing top tokens, then the hidden-state
-            distance at each point, without gradient.
+            Sums without gradient: divergence, cross entropy, agreeing top tokens, then the distance at each point.
         """
         config, student = self.config, self.student
         batch = batch if isinstance(batch, Mapping) else {"input_ids": batch}
@@ -105,8 +89,6 @@ class DistillStep:
         distances = []
         for layer_id, depth in self.depth.items():
             a, b = self._watched(mine[student.position(layer_id) + 1], 1), theirs[depth]  # [B, T, d] each
-            if config.hidden_after_norm and depth == len(self.teacher):
-                a, b = normed(student, a), normed(self.teacher, b).detach()
             distance = hidden_distance(a, b, config.hidden_loss)  # [B, T, d] -> [B, T]
             total = distance.sum() if config.reduction == "paper" else (distance * mask).sum()
             loss = loss + total * (config.hidden_weight * self.times / counts.hidden)
@@ -153,34 +135,25 @@ class DistillStep:
         """Hidden states [B, T, d] by depth: the student's that train, the teacher's that they meet."""
         student, teacher, prefix = self.student, self.teacher, self.prefix
         trunk, their_trunk = student.trunk(batch), teacher.trunk(batch)
-        theirs: dict[int, Tensor] = {}
         with torch.no_grad():
-            upper = their_trunk.h0
-            hidden = trunk.h0
-            if prefix:
-                upper = hidden = self._kept("shared", rows, lambda: _through(teacher, their_trunk, upper, 0, prefix))
-            if self.first > prefix:
-                entry = hidden
-                hidden = self._kept("student", rows, lambda: _through(student, trunk, entry, prefix, self.first))
-            wanted = {*self.depth.values(), len(teacher)}
-            for position in range(prefix, len(teacher)):
-                upper = teacher.run(position, upper, their_trunk)
-                if position + 1 in wanted:
-                    theirs[position + 1] = upper
-        mine: dict[int, Tensor] = {}
-        wanted = {student.position(i) + 1 for i in self.depth} | {len(student)}
-        hidden = hidden.detach()
-        for position in range(self.first, len(student)):
-            hidden = student.run(position, hidden, trunk)
-            if position + 1 in wanted:
-                mine[position + 1] = hidden
-        return mine, theirs
+            upper = self._bottom("shared", rows, teacher, their_trunk, their_trunk.h0, 0, prefix)  # [B, T, d]
+            # Without a layer in common, the embeddings may differ too.
+            hidden = upper if prefix else trunk.h0  # [B, T, d]
+            hidden = self._bottom("student", rows, student, trunk, hidden, prefix, self.first)
+            theirs = _through(teacher, their_trunk, upper, prefix, len(teacher), {*self.depth.values()})
+        wanted = {student.position(i) + 1 for i in self.depth}
+        return _through(student, trunk, hidden.detach(), self.first, len(student), wanted), theirs
 
-    def _kept(self, name: str, rows: Tensor | None, make: Callable[[], Tensor]) -> Tensor:
-        """Hidden states [B, T, d] of frozen layers: of an earlier pass over the text, or made now."""
+    def _bottom(
+        self, name: str, rows: Tensor | None, stack: LayerStack, trunk: Trunk, hidden: Tensor, start: int, end: int
+    ) -> Tensor:
+        """Hidden states [B, T, d] after frozen layers: of an earlier pass over the text, or made now."""
+        if start == end:
+            return hidden
         if self.bottoms is None or rows is None:
-            return make()
-        return self.bottoms.at(name, rows, make).to(self.student.device)
+            return _through(stack, trunk, hidden, start, end)[end]
+        made = self.bottoms.at(name, rows, lambda: _through(stack, trunk, hidden, start, end)[end])
+        return made.to(self.student.device)
 
     def _watched(self, hidden: Tensor, term: int) -> Tensor:
         """The same tensor; the squared norm of the gradient that a term sends through it is summed up."""
@@ -195,56 +168,13 @@ class DistillStep:
         return branch
 
 
-def _through(stack: LayerStack, trunk: Trunk, hidden: Tensor, start: int, end: int) -> Tensor:
-    """Hidden states [B, T, d] after the layers at positions start .. end - 1."""
+def _through(
+    stack: LayerStack, trunk: Trunk, hidden: Tensor, start: int, end: int, wanted: Set[int] = frozenset()
+) -> dict[int, Tensor]:
+    """Hidden states [B, T, d] by depth, at `end` and where `wanted`, of the layers at positions start .. end - 1."""
+    found = {}
     for position in range(start, end):
         hidden = stack.run(position, hidden, trunk)
-    return hidden
-
-
-def gradient_norms(
-    student: LayerStack,
-    teacher: LayerStack,
-    blocks: Any,
-    config: DistillConfig | None = None,
-    *,
-    gap: int | Sequence[int] = (),
-) -> pd.DataFrame:
-    """What each term of the loss asks of each trained layer: norms of its gradient on a text, in one batch.
-
-    The student is left as it is.
-
-    Parameters
-    ----------
-    student, teacher : LayerStack
-    blocks : TextBlocks, Tensor [N, T] of int, or mapping with `input_ids` and `attention_mask` [N, T]
-    config : DistillConfig, optional
-    gap : int or sequence of int
-        Layer ids just removed.
-
-    Returns
-    -------
-    DataFrame
-        A row for each trained layer id, a column for each term that has a weight: "kl", "hidden", "ce".
-    """
-    config, text = config or DistillConfig(), Rows.of(blocks)
-    trained = resolve_scope(config.scope, student, gap)
-    student = student.share()
-    student.own(trained)
-    layers = {i: student.layers[student.position(i)] for i in trained}
-    for layer in layers.values():
-        layer.requires_grad_(True)
-    batch = text.batch(torch.arange(len(text.tokens)))
-    mask = torch.ones(text.tokens.shape) if text.mask is None else text.mask.float()  # [N, T]
-    counts = token_counts(mask, None, config)
-    norms = {}
-    weights = ("kl_weight", "hidden_weight", "ce_weight")
-    for name in [w for w in weights if getattr(config, w)]:
-        alone = replace(config, **{w: 0.0 for w in weights if w != name})
-        step = DistillStep(student, teacher, trained, match_points(alone, student, trained), alone)
-        loss, _ = step(batch, counts)
-        each = {i: torch.autograd.grad(loss, [*layer.parameters()], retain_graph=True) for i, layer in layers.items()}
-        norms[name.removesuffix("_weight")] = {
-            i: torch.stack([g.norm() for g in gradients]).norm().item() for i, gradients in each.items()
-        }
-    return pd.DataFrame(norms).rename_axis("layer")
+        if position + 1 in wanted:
+            found[position + 1] = hidden
+    return found | {end: hidden}

@@ -23,26 +23,11 @@ from ildlab.distill.step import DistillStep
 from ildlab.errors import DistillError, NotFiniteError
 from ildlab.files import write_atomic
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress, Work, drive
+from ildlab.progress import Progress, Work, blocking
 from ildlab.text.rows import Rows
 
 SNAPSHOT = 16  # optimizer steps between copies of the weights that a step which is not finite falls back to
 CHECKPOINT_SECONDS = 60.0  # between checkpoints, unless the config says how many steps
-
-
-def distill(
-    student: LayerStack,
-    teacher: LayerStack,
-    blocks: Any,
-    config: DistillConfig | None = None,
-    *,
-    gap: int | Sequence[int] = (),
-    show: bool | None = None,
-    **options: Any,
-) -> DistillResult:
-    """Run `distill_steps` to its end, with a bar."""
-    work = distill_steps(student, teacher, blocks, config, gap=gap, **options)
-    return drive(work, desc="distill", show=show)
 
 
 def distill_steps(
@@ -75,15 +60,6 @@ def distill_steps(
     metrics_path : path, optional
         A JSONL file; one record a line, as in `DistillResult.history`.
 
-    Yields
-    ------
-    Progress
-        `partial` is the step's record.
-
-    Returns
-    -------
-    DistillResult
-
     Raises
     ------
     DistillError
@@ -104,18 +80,19 @@ def distill_steps(
         if resumed:
             resumed.restore(trainer.masters, trainer.optimizer)
             trainer.take_up(resumed.history, resumed.seconds)
-        writes = state.is_main_process
-        if metrics_path and writes:
+        if not state.is_main_process:
+            checkpoint = metrics_path = None  # the first process writes
+        if metrics_path:
             write_atomic(metrics_path, "".join(json.dumps(r) + "\n" for r in trainer.history))
         saved = time.perf_counter()
         while trainer.done < plan.steps:
             record = trainer.step(global_batch(trainer.done, plan.text, plan.config))
-            if metrics_path and writes:
+            if metrics_path:
                 with open(metrics_path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
             every = plan.config.checkpoint_every
             due = trainer.done % every == 0 if every else time.perf_counter() - saved > CHECKPOINT_SECONDS
-            if checkpoint and writes and (due or trainer.done == plan.steps):
+            if checkpoint and (due or trainer.done == plan.steps):
                 save_checkpoint(checkpoint, name, trainer.masters, trainer.optimizer, trainer.history, trainer.seconds)
                 saved = time.perf_counter()
             yield Progress(trainer.done, plan.steps, step_note(record), record)
@@ -124,6 +101,9 @@ def distill_steps(
         for param in student.model.parameters():
             param.grad = None
         student.model.requires_grad_(False)
+
+
+distill = blocking(distill_steps)
 
 
 @dataclass(frozen=True)
@@ -186,13 +166,7 @@ class Plan:
 class Trainer:
     """What a distillation carries from step to step: weights, optimizer, history; and the step itself.
 
-    Parameters
-    ----------
-    student, teacher : LayerStack
-        The student's trained layers hold weights of their own.
-    plan : Plan
-    state : PartialState
-        accelerate's word for which of how many processes this is.
+    The student's trained layers hold weights of their own; `state` says which of how many processes this is.
     """
 
     def __init__(self, student: LayerStack, teacher: LayerStack, plan: Plan, state):
@@ -202,12 +176,8 @@ class Trainer:
         rows, block = plan.text.tokens.shape
         if plan.steps * plan.config.batch_size > rows:  # more than one pass over the text
             self.loss.keep_bottoms(rows, block)
-        self.optimizer = torch.optim.AdamW(
-            self.masters.groups(plan.config.weight_decay),
-            lr=plan.config.learning_rate,
-            betas=plan.config.adam_betas,
-            fused=student.device.type in ("cpu", "cuda"),
-        )
+        fused = student.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.masters.tensors, weight_decay=0.0, fused=fused)
         reset_peak_memory(student.device)
         self.take_up([], 0.0)
 
@@ -224,16 +194,13 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Time so far, that of resumed parts included."""
+        """Time so far, resumed parts included."""
         return time.perf_counter() - self._began
 
     def step(self, batch: GlobalBatch) -> dict[str, float | None]:
         """Take one optimizer step and return its record.
 
-        Raises
-        ------
-        NotFiniteError
-            Before the update, so that a bad step changes nothing; the weights are the last good ones.
+        Raises NotFiniteError before the update, so that a bad step changes nothing, with the last good weights.
         """
         config, masters = self.plan.config, self.masters
         sums = self._accumulate(batch)  # [6 + points]
@@ -246,22 +213,18 @@ class Trainer:
             self.good = []  # freed first, so that there is one copy at a time
             self.good = masters.copy()
         rate = learning_rate(config, batch.step, self.plan.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
-        masters.clear()
+        self.optimizer.zero_grad()
         masters.push()
         self.history.append(_record(batch, values, self.plan, rate, self.seconds))
         return self.history[-1]
 
     def _accumulate(self, batch: GlobalBatch) -> Tensor:
-        """Leave the global batch's gradient in the masters; return its sums.
+        """Leave the global batch's gradient in the masters; return its sums [6 + points].
 
-        Returns
-        -------
-        Tensor [6 + points]
-            Loss, divergence, cross entropy, agreeing tokens, the distance at each point, and the squared norms of
-            the gradients that divergence and hidden states send into the student.
+        Loss, divergence, cross entropy, agreeing tokens, the distance at each point, and the squared norms of
+        the gradients that divergence and hidden states send into the student.
         """
         squares = self.loss.squares.zero_()
         sums: Tensor | float = 0.0
@@ -295,11 +258,8 @@ def learning_rate(config: DistillConfig, step: int, total: int) -> float:
     if step < rising:
         return config.learning_rate * (step + 1) / rising
     gone = (step - rising) / max(1, total - rising)
-    if config.schedule == "linear":
-        return config.learning_rate * (1 - gone)
-    if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * gone))
-    return config.learning_rate
+    falls = {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}
+    return config.learning_rate * falls[config.schedule]
 
 
 def _record(batch: GlobalBatch, values: list[float], plan: Plan, rate: float, seconds: float) -> dict:

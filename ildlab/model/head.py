@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ildlab.errors import UnsupportedModelError
 from ildlab.model.stack import LayerStack
 
 CPU_CHUNK = 48 * 2**20  # bytes of fp32 logits: larger chunks fall out of a CPU's cache
@@ -129,71 +128,3 @@ def _by_chunks(stack: LayerStack, n: int, rows_of) -> Tensor:
     """Stack what `rows_of(slice)` -> list of Tensor [chunk] gives for all chunks of n positions: [len(list), n]."""
     step = chunk_rows(stack)
     return torch.cat([torch.stack(rows_of(slice(s, s + step))) for s in range(0, n, step)], dim=1)
-
-
-# ------------------------------------------------------------- the head's own input
-
-
-class _HeadReached(Exception):
-    """Raised in front of the head, whose product is not wanted."""
-
-
-def normed(stack: LayerStack, hidden: Tensor) -> Tensor:
-    """What the head is given for a final hidden state: after the model's own final norm.
-
-    Parameters
-    ----------
-    hidden : Tensor [..., d]
-        h[L], pre-norm.
-
-    Returns
-    -------
-    Tensor [..., d]. Gradients flow to `hidden`.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The model does not say which module its head is.
-    """
-    head: nn.Module | None = stack.model.get_output_embeddings()
-    if head is None:
-        raise UnsupportedModelError(
-            f"{type(stack.model).__name__} does not say which module its head is, so the hidden state after "
-            "the final norm cannot be had: match before the norm (hidden_after_norm=False)."
-        )
-    seen: list[Tensor] = []
-
-    def stop(module, args, kwargs):
-        seen.append(args[0] if args else next(iter(kwargs.values())))
-        raise _HeadReached
-
-    handle = head.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        stack.logits(hidden)
-    except _HeadReached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0].reshape(*hidden.shape[:-1], -1)
-
-
-def plain_head(stack: LayerStack, probe: Tensor) -> Tensor | None:
-    """The head's matrix [V, d] where the model's logits are its product with the normed hidden state.
-
-    Seen on `probe` [1, d]: what the head returns must be, bit for bit, what the model returns. None for a head
-    with a bias, a scale or a soft-cap after it, for one that trains, and for half-precision models.
-    """
-    head = stack.model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
-        return None
-    if head.weight.dtype not in (torch.float32, torch.float64) or head.weight.device != probe.device:
-        return None
-    seen: list[Tensor] = []
-    handle = head.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
-    try:
-        with torch.no_grad():
-            logits = stack.logits(probe)
-    finally:
-        handle.remove()
-    plain = len(seen) == 1 and torch.equal(seen[0].flatten(), logits.flatten())
-    return head.weight.detach() if plain else None
