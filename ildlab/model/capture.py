@@ -16,23 +16,12 @@ class Captured(Exception):
 
 @dataclass
 class Trunk:
-    """What replaying needs: the embedding output and each layer's captured arguments.
+    """What replaying needs: the embedding output and each layer's captured arguments."""
 
-    Attributes
-    ----------
-    h0 : Tensor [B, T, d]
-        Input of the first layer.
-    calls : list of (args, kwargs)
-        One for each position of the stack; without the hidden state.
-    attention_mask : Tensor [B, T] or None
-        1 where a token is valid; None where all are.
-    input_ids : Tensor [B, T]
-    """
-
-    h0: Tensor
-    calls: list[tuple[tuple, dict]]
-    attention_mask: Tensor | None
-    input_ids: Tensor
+    h0: Tensor  # [B, T, d], input of the first layer
+    calls: list[tuple[tuple, dict]]  # (args, kwargs) for each position of the stack, without the hidden state
+    attention_mask: Tensor | None  # [B, T], 1 where a token is valid; None where all are
+    input_ids: Tensor  # [B, T]
 
 
 class Stub(nn.Module):

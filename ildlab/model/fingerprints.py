@@ -19,11 +19,7 @@ def fingerprint(stack: LayerStack, *, any_dtype: bool = False) -> str:
 
     Kept on the stack for as long as no weight is written to or replaced.
 
-    Parameters
-    ----------
-    stack : LayerStack
-    any_dtype : bool
-        Of the weights alone, as bf16 holds them: the same name for a checkpoint loaded in bf16 and in fp32.
+    With `any_dtype` it is of the weights alone, as bf16 holds them: the same name for a checkpoint in bf16 and in fp32.
     """
     state = tuple((name, p.data_ptr(), p._version) for name, p in stack.model.named_parameters())
     state = (any_dtype, tuple(stack.layer_ids), str(stack.config.to_dict()) if not any_dtype else "", state)

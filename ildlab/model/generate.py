@@ -19,8 +19,6 @@ def plain_decoding(model, **settings: Any) -> Iterator[None]:
 
     Parameters
     ----------
-    model : nn.Module
-        A causal LM of transformers.
     **settings
         Further fields of the `GenerationConfig`.
     """

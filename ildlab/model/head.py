@@ -94,11 +94,8 @@ def beside_teacher(
 ) -> Tensor:
     """What a student's predictions are worth beside its teacher's, token by token.
 
-    Parameters
-    ----------
-    hidden, teacher_hidden : Tensor [n, d]
-        Final hidden states, pre-norm. One and the same tensor means one and the same model (`shared_prefix`).
-    targets : Tensor [n] of int64
+    `hidden` and `teacher_hidden` are final hidden states [n, d], pre-norm; one and the same tensor means one and the
+    same model (`both_final`). `targets` is [n] int64.
 
     Returns
     -------

@@ -44,15 +44,11 @@ def _one(a: Tensor, b: Tensor) -> bool:
 def both_final(student: LayerStack, teacher: LayerStack, batch: Any) -> tuple[Tensor, Tensor, Trunk]:
     """Final hidden states of student and teacher, their common bottom layers run once.
 
-    Parameters
-    ----------
-    batch : Tensor [B, T] of token ids, or a mapping with an attention mask
-
     Returns
     -------
     student's h[L], teacher's h[L] : Tensor [B, T, d], pre-norm
         One and the same tensor where the two do not differ.
-    trunk : Trunk
+    Trunk
         The teacher's.
     """
     common = shared_prefix(student, teacher)

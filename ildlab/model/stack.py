@@ -121,11 +121,9 @@ class LayerStack:
     # --------------------------------------------------------------- replaying
 
     def trunk(self, batch: Batch) -> Trunk:
-        """Run the embedding only and capture what the model hands to each layer.
+        """Run the embedding only, and capture what the model hands to each layer.
 
-        Parameters
-        ----------
-        batch : Tensor [B, T] of token ids, or a mapping with `input_ids` and `attention_mask`
+        `batch` is a Tensor [B, T] of token ids, or a mapping with `input_ids` and `attention_mask`.
         """
         inputs = self._inputs(batch)
         calls: list[tuple[tuple, dict]] = []
@@ -184,16 +182,9 @@ class LayerStack:
         return last
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits of a final hidden state, through the model's own norm, head, soft-cap and scaling.
+        """Logits [..., V] of final hidden states h[L] [..., d], pre-norm, in the model's dtype.
 
-        Parameters
-        ----------
-        hidden : Tensor [..., d]
-            Pre-norm hidden state h[L].
-
-        Returns
-        -------
-        Tensor [..., V], in the model's dtype. Gradients flow to `hidden`.
+        They go through the model's own norm, head, soft-cap and scaling. Gradients flow to `hidden`.
         """
         # A batch of single tokens, so that no attention mask between them is ever built.
         flat = hidden.reshape(-1, 1, hidden.shape[-1])  # [..., d] -> [N, 1, d]
@@ -212,10 +203,6 @@ class LayerStack:
 
         Nothing is copied. Inside, the model is the pruned model, KV-cache generation included; after
         it, even after an exception, the model is whole again.
-
-        Parameters
-        ----------
-        layer_ids : int or iterable of int
         """
         gone = {layer_ids} if isinstance(layer_ids, int) else set(layer_ids)
         for layer_id in gone:

@@ -54,13 +54,7 @@ class TextBlocks:
         return self.tokens.shape[0]
 
     def take(self, n_blocks: int) -> TextBlocks:
-        """Return the first `n_blocks` blocks; nothing is copied.
-
-        Raises
-        ------
-        TextError
-            There are fewer, or `n_blocks` is below 1.
-        """
+        """Return the first `n_blocks` blocks; nothing is copied. Raises TextError where there are fewer."""
         if not 1 <= n_blocks <= len(self):
             raise TextError(f"take({n_blocks}): this text has {len(self)} blocks; take from 1 to {len(self)}.")
         tokens = self.tokens[:n_blocks]

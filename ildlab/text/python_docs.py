@@ -45,13 +45,7 @@ def python_docs_key() -> str:
 
 
 def read_python_docs() -> Work[list[str]]:
-    """Return every help topic and long docstring, in no particular order and with repetitions.
-
-    Yields
-    ------
-    Progress
-        Once every hundred files.
-    """
+    """Return every help topic and long docstring, in no particular order and with repetitions."""
     from pydoc_data.topics import topics
 
     roots = [Path(sysconfig.get_paths()["stdlib"])]

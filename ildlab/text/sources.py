@@ -47,12 +47,7 @@ def find_documents(
 ) -> Documents:
     """Find a source and describe its documents; files are checked here, read when first streamed.
 
-    `ildlab.text.blocks.load_text` says what the parameters are.
-
-    Raises
-    ------
-    TextError
-        The source does not exist or cannot be read.
+    `ildlab.text.blocks.load_text` says what the parameters are. Raises TextError where there is no such source.
     """
     if not isinstance(source, str | os.PathLike):
         texts = list(source)
