@@ -100,7 +100,8 @@ def _check_devices(teacher: LayerStack, processes: int) -> None:
 
 def _task(student: LayerStack, teacher: LayerStack, plan: train.Plan, name: str, files: dict) -> dict[str, Any]:
     """What a worker is told."""
-    theirs = dict(_pruned(teacher, student.layer_ids).model.named_parameters())
+    pruned = teacher.share(without=set(teacher.layer_ids) - set(student.layer_ids))
+    theirs = dict(pruned.model.named_parameters())
     dtype = str(teacher.model.dtype).removeprefix("torch.")
     device = "auto" if teacher.device.type == "cuda" else "cpu"  # "auto" is the worker's own GPU
     return {
@@ -112,13 +113,6 @@ def _task(student: LayerStack, teacher: LayerStack, plan: train.Plan, name: str,
         "plan": plan,
         "files": files,
     }
-
-
-def _pruned(teacher: LayerStack, layer_ids: Sequence[int]) -> LayerStack:
-    student = teacher.share()
-    for layer_id in set(teacher.layer_ids) - set(layer_ids):
-        student.remove(layer_id)
-    return student
 
 
 def _launch(folder: Path, processes: int) -> subprocess.Popen:
@@ -168,7 +162,7 @@ def _work(folder: Path) -> None:
 
     task = torch.load(folder / "task.pt", map_location="cpu", weights_only=False)
     plan, teacher = task["plan"], LayerStack(load_model(**task["load"]).model)
-    student = _pruned(teacher, task["layer_ids"])
+    student = teacher.share(without=set(teacher.layer_ids) - set(task["layer_ids"]))
     for name, tensor in task["own"].items():
         place, _, leaf = name.rpartition(".")
         # Not written into the tensor that is there: it is the teacher's as well.

@@ -238,8 +238,8 @@ class LayerStack:
         self._keep([p for p in range(len(self)) if p != position])
         return layer
 
-    def share(self) -> LayerStack:
-        """A second model that shares every weight with this one: a student at no cost in memory.
+    def share(self, without: Iterable[int] = ()) -> LayerStack:
+        """A second model, without some layers, that shares every weight with this one: a student at no cost in memory.
 
         The two may then differ in their layers (`remove`) and, after `own`, in their weights.
         """
@@ -247,6 +247,8 @@ class LayerStack:
         twin = copy.copy(self)
         twin._attach(copy.deepcopy(self.model, memo))  # the same modules again: what was proven of them holds
         twin._layer_ids = list(self._layer_ids)
+        for layer_id in without:
+            twin.remove(layer_id)
         return twin
 
     def own(self, layer_ids: Iterable[int]) -> None:

@@ -225,9 +225,7 @@ def evaluate_steps(
         bare = None
         if undistilled and run.trained:
             # What the same removals cost without any distillation: the other curve of the paper's figure.
-            pruned = run.teacher.share()
-            for layer_id in run.removed:
-                pruned.remove(layer_id)
+            pruned = run.teacher.share(without=run.removed)
             plain = yield from relabel(judge_steps(pruned, run.teacher, blocks, speed=False), "(never distilled) ")
             bare = {name: getattr(plain, name) for name in ("perplexity", "kl", "agreement")}
         told = {"evaluation": found.to_dict(), "undistilled": bare, "loss": found.loss, "aggregate": found.aggregate}

@@ -89,8 +89,7 @@ def check_describable(stack: LayerStack) -> None:
             return  # quantised weights, an adapter: the class alone does not make this model
     except Exception:  # it computes with weights while it is built: only `examine` can tell
         return
-    name, trial, kinds = type(stack.model).__name__, stack.share(), _kinds(stack.config)
-    trial.remove(trial.layer_ids[0])
+    name, trial, kinds = type(stack.model).__name__, stack.share(without=stack.layer_ids[:1]), _kinds(stack.config)
     wanted = _shapes(trial.model)
     try:
         found = _shapes(_built(trial))

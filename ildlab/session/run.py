@@ -197,9 +197,7 @@ class Run:
     def student_at(self, step: int) -> LayerStack:
         """The student as it was at a step; it shares with the teacher every weight that did not change."""
         record = self.journal.path_to(step)[-1]
-        student = self.teacher.share()
-        for layer_id in [i for i in self.teacher.layer_ids if i not in record.layer_ids]:
-            student.remove(layer_id)
+        student = self.teacher.share(without=[i for i in self.teacher.layer_ids if i not in record.layer_ids])
         tensors = self.journal.tensors_at(step)  # "layer.<layer id>.<parameter>"
         changed = sorted({int(name.split(".")[1]) for name in tensors} & set(record.layer_ids))
         student.own(changed)
