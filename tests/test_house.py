@@ -10,8 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "ildlab"
 FLOORS = (
     {"errors", "progress", "stats"},
     {"files", "typed"},
-    {"model"},
-    {"text"},
+    {"model", "text"},
     {"evaluate", "distill"},
     {"importance"},
     {"session"},

@@ -15,49 +15,27 @@ _SUITES = ("suite", "teacher_suite", "canaries", "teacher_canaries")
 
 @dataclass
 class Evaluation:
-    """What was measured of a student, beside its teacher.
+    """What was measured of a student, beside its teacher."""
 
-    Attributes
-    ----------
-    perplexity, teacher_perplexity : float
-        exp of the mean negative log-likelihood of each next token of the text.
-    kl : float
-        KL(teacher || student) in nats per token.
-    kl_low, kl_high : float
-        95% bootstrap interval of `kl` over blocks (equal to it where there is one block).
-    agreement : float
-        Share of tokens where both have the same most likely next token.
-    tokens : int
-        Next-token positions scored.
-    text : dict
-        Source, split and fingerprint of the text.
-    layers, teacher_layers, parameters, teacher_parameters, bytes, teacher_bytes : int
-        Sizes; tied weights count once.
-    tokens_per_second, teacher_tokens_per_second : float or None
-        Greedy generation of one sequence with the KV cache, both measured in turns.
-    canaries, teacher_canaries : SuiteResult or None
-        Scores on cheap probes: copying, one-digit arithmetic, closing brackets.
-    """
-
-    perplexity: float
+    perplexity: float  # exp of the mean negative log-likelihood of each next token of the text
     teacher_perplexity: float
-    kl: float
-    kl_low: float
+    kl: float  # KL(teacher || student) in nats per token
+    kl_low: float  # its 95% bootstrap interval over blocks (equal to it where there is one block)
     kl_high: float
-    agreement: float
-    tokens: int
-    text: dict[str, Any]
+    agreement: float  # share of tokens where both have the same most likely next token
+    tokens: int  # next-token positions scored
+    text: dict[str, Any]  # source, split and fingerprint
     layers: int
     teacher_layers: int
-    parameters: int
+    parameters: int  # tied weights count once
     teacher_parameters: int
     bytes: int
     teacher_bytes: int
-    tokens_per_second: float | None = None
+    tokens_per_second: float | None = None  # greedy, one sequence, with the KV cache; both timed in turns
     teacher_tokens_per_second: float | None = None
     suite: SuiteResult | None = None
     teacher_suite: SuiteResult | None = None
-    canaries: SuiteResult | None = None
+    canaries: SuiteResult | None = None  # cheap probes: copying, one-digit arithmetic, closing brackets
     teacher_canaries: SuiteResult | None = None
     seconds: float = 0.0
 
@@ -76,8 +54,12 @@ class Evaluation:
     @property
     def loss(self) -> float:
         """Share of quality lost, as in the paper; without a suite 1 - teacher's perplexity / student's."""
-        text = 1 - self.teacher_perplexity / self.perplexity
-        return text if self.suite is None else self.quality_loss_estimate().value
+        return 1 - self.teacher_perplexity / self.perplexity if self.suite is None else self.quality_loss
+
+    @property
+    def quality_loss(self) -> float | None:
+        """1 - student's aggregate / teacher's, as in the paper; None without a suite."""
+        return None if self.suite is None else self.quality_loss_estimate().value
 
     def quality_loss_estimate(self, *, corrected: bool = False) -> Estimate:
         """Quality loss with its bootstrap interval; `corrected` for chance or as in the paper."""

@@ -50,33 +50,17 @@ class Estimate:
 
 @dataclass
 class TaskResult:
-    """What one task found.
-
-    Attributes
-    ----------
-    values : list of float
-        The measure, example by example.
-    weights : list of float or None
-        How much each example counts (bits per byte: its bytes); None: all alike.
-    chance : float
-        Score of a guesser; of a loss, that of a model that knows nothing.
-    direction : {"higher", "lower"}
-        Which scores are better.
-    weight : float
-        In the aggregate.
-    truncated : int
-        Contexts that were cut from the left to fit the model's window.
-    """
+    """What one task found."""
 
     name: str
     kind: str
     measure: str
-    values: list[float]
-    weights: list[float] | None = None
-    chance: float = 0.0
-    direction: str = "higher"
-    weight: float = 1.0
-    truncated: int = 0
+    values: list[float]  # the measure, example by example
+    weights: list[float] | None = None  # how much each example counts (bits per byte: its bytes); None: all alike
+    chance: float = 0.0  # score of a guesser; of a loss, that of a model that knows nothing
+    direction: str = "higher"  # or "lower": which scores are better
+    weight: float = 1.0  # in the aggregate
+    truncated: int = 0  # contexts that were cut from the left to fit the model's window
 
     @property
     def n(self) -> int:
@@ -119,21 +103,13 @@ class TaskResult:
 
 @dataclass
 class SuiteResult:
-    """What a suite found of one model.
-
-    Attributes
-    ----------
-    fingerprint : str
-        Of the tasks and their rows: results compare only where it is the same.
-    notes : list of str
-        What a person should know, such as contexts that did not fit the window.
-    """
+    """What a suite found of one model."""
 
     name: str
-    fingerprint: str
+    fingerprint: str  # of the tasks and their rows: results compare only where it is the same
     tasks: dict[str, TaskResult]
     seconds: float = 0.0
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # for a person, such as contexts that did not fit the window
 
     @property
     def aggregate(self) -> float:

@@ -3,17 +3,11 @@
 `sources` finds documents (files, Hub data sets, Python's docs by way of `python_docs`, the teacher's samples) and
 keeps the splits apart; `blocks` tokenises them, packs them end to end and cuts the stream into blocks of one length,
 each opened as the tokenizer opens a text; `rows` is how all that measures, trains or evaluates reads them (and a bare
-tensor, or a mapping with a mask). `teacher_text` stands before all that: a teacher writes the documents itself.
+tensor, or a mapping with a mask).
 """
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "sources": ["find_documents"],
-        "blocks": ["TextBlocks", "load_text"],
-        "rows": ["Rows"],
-        "teacher_text": ["sample_steps"],
-    },
+    __name__, submod_attrs={"sources": ["find_documents"], "blocks": ["TextBlocks", "load_text"], "rows": ["Rows"]}
 )

@@ -12,10 +12,9 @@ import torch
 from ildlab.errors import TextError
 from ildlab.files import data_dir
 from ildlab.progress import drive
-from ildlab.text import teacher_text
 from ildlab.text.blocks import load_text
-from ildlab.text.teacher_text import prompts, sample_steps
-from tools.sample_teacher import main
+from tools import sample_teacher as teacher_text
+from tools.sample_teacher import main, prompts, sample_steps
 
 
 @pytest.fixture
