@@ -33,35 +33,17 @@ KINDS = get_args(Kind)
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of rows of one kind, and how they are asked and scored.
-
-    Attributes
-    ----------
-    name, kind : str
-    rows : tuple of dict
-        Of the kind's shape.
-    normalise : {"raw", "bytes"}
-        For choices: compare log-likelihoods as they are, or divided by the choice's UTF-8 bytes.
-    chance : float
-        Score of a guesser.
-    weight : float
-        In the suite's aggregate.
-    fewshot : int
-        Solved examples before each prompt: the first of `shots`, else of the task's other rows.
-    shots : tuple of dict
-    delimiter : str
-        Between a prompt and its answer (as lm-eval's `target_delimiter`).
-    """
+    """A named list of rows of one kind, and how they are asked and scored."""
 
     name: str
     kind: Kind
-    rows: tuple
-    normalise: Literal["raw", "bytes"] = "raw"
-    chance: float = 0.0
-    weight: float = 1.0
-    fewshot: int = 0
+    rows: tuple  # of dict, in the kind's shape
+    normalise: Literal["raw", "bytes"] = "raw"  # compare log-likelihoods of choices as they are, or by UTF-8 byte
+    chance: float = 0.0  # score of a guesser
+    weight: float = 1.0  # in the suite's aggregate
+    fewshot: int = 0  # solved examples before each prompt: the first of `shots`, else of the task's other rows
     shots: tuple = ()
-    delimiter: str = " "
+    delimiter: str = " "  # between a prompt and its answer (as lm-eval's `target_delimiter`)
 
     def __post_init__(self):
         read_fields(self, lambda words: SuiteError(f"Task {self.name!r}: {words}"))

@@ -19,31 +19,18 @@ from ildlab.stats import expansion, interval, listed, mean, means, percentiles, 
 class LayerScores:
     """What a metric says of every layer. Higher = more important.
 
-    Attributes
-    ----------
-    table : DataFrame, indexed by layer_id, in the order of the stack
-        `score`; `ci_low`, `ci_high` (bootstrap interval over sequences); `n` (sequences scored; fewer
-        for a layer that a race dropped early).
-    metric, source : str
-        What was measured, on which text.
-    per_sequence : ndarray [N, L] float64
-        NaN where a layer was not scored; [0, L] where the metric reads weights alone.
-    weights : ndarray [N] float64
-        Tokens scored in each sequence; `score` is the mean weighted by them.
-    confidence : float
-        Of the intervals.
-    details : dict
-        JSON-able: the options, layer passes, notes, the whole student's own value (`whole`), and for a race
-        `dropped` (layer id -> n) and `stopped`.
+    `table` is indexed by layer_id, in the order of the stack: `score`; `ci_low`, `ci_high` (bootstrap interval over
+    sequences); `n` (sequences scored; fewer for a layer that a race dropped early). `details` is JSON-able: the options,
+    layer passes, notes, the whole student's own value (`whole`), and for a race `dropped` (layer id -> n) and `stopped`.
     """
 
     table: pd.DataFrame
-    metric: str
-    source: str
+    metric: str  # what was measured,
+    source: str  # on which text
     seconds: float
-    per_sequence: np.ndarray
-    weights: np.ndarray
-    confidence: float = 0.95
+    per_sequence: np.ndarray  # [N, L] float64; NaN where a layer was not scored; [0, L] for a metric of weights alone
+    weights: np.ndarray  # [N] float64, tokens scored in each sequence; `score` is the mean weighted by them
+    confidence: float = 0.95  # of the intervals
     details: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

@@ -16,7 +16,7 @@ from typing import Any
 from ildlab.distill.checkpoint import decisive
 from ildlab.distill.config import DistillConfig, DistillResult
 from ildlab.distill.processes import distill_steps as train_steps
-from ildlab.distill.scope import match_points, resolve_scope
+from ildlab.distill.scope import resolve_scope
 from ildlab.errors import NotFiniteError, SessionError
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.text_quality import evaluate_steps as judge_steps
@@ -137,7 +137,6 @@ def distill_steps(
         if not gap or set(gap) - set(run.removed):
             raise SessionError(f"gap={gap}: give layers that were removed so far: {run.removed or 'none yet'}.")
         trained = resolve_scope(config.scope, run.student, gap)
-        match_points(config, run.student, trained)
         blocks = run.text("train", text, config.tokens)
         checkpoint = _checkpoint_of(run, config, text, gap)
 
