@@ -1,7 +1,8 @@
 """A causal LM as a stack of decoder layers.
 
-`load` brings in a model and its tokenizer; `stack` finds the decoder layers, captures what the model hands to
-each, replays, skips and removes them.
+`load` brings in a model and its tokenizer; `stack` finds the decoder layers (`find`), captures what the model hands
+to each (`capture`), replays, skips and removes them (`config_cut`); `shared` runs student and teacher together, and
+`head` makes log-probabilities, NLL and KL of what comes out. `generate` goes on with a text.
 """
 
 import lazy_loader

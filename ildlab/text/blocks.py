@@ -21,30 +21,18 @@ _MAPPED = 16 * 2**20  # tokens (64 MB as int32) from which on a stream lives in 
 
 @dataclass(frozen=True, eq=False)
 class TextBlocks:
-    """Packed token blocks of one split of a text, with where they came from.
+    """Packed token blocks of one split of a text, with where they came from: what `load_text` was called with."""
 
-    Parameters
-    ----------
-    tokens : torch.Tensor
-        int32 ``[blocks, block]`` on the CPU, without padding; memory-mapped from the cache where it is large and
-        there is no `bos`.
-    source, split, seed
-        What `load_text` was called with.
-    fingerprint : str
-        sha256 (hex) of the tokens as little-endian int32 and of the block length.
-    note : str
-        What a person should know of it, such as that there was less text than asked for.
-    bos : tuple of int
-        The ids that the tokenizer puts before a text: each block begins with them. Most have one or none.
-    """
-
+    # int32 [blocks, block] on the CPU, without padding; memory-mapped from the cache where large and without `bos`
     tokens: torch.Tensor
     source: str
     split: str
     seed: int
-    fingerprint: str
-    note: str = ""
-    bos: tuple[int, ...] = ()
+    fingerprint: str  # sha256 (hex) of the tokens as little-endian int32 and of the block length
+    note: str = ""  # for a person, such as that there was less text than asked for
+    bos: tuple[
+        int, ...
+    ] = ()  # the ids that the tokenizer puts before a text, most often one or none: each block has them
 
     block = property(lambda self: self.tokens.shape[1], doc="Tokens in one block.")
     n_tokens = property(lambda self: self.tokens.numel(), doc="Tokens in all blocks.")
