@@ -32,6 +32,7 @@ def execute(path: Path, folder: Path | None = None) -> None:
         if cell.cell_type == "code":
             # A live widget cannot be shown again: its static form stands beside it.
             cell.outputs = [o for o in cell.outputs if not is_only_widget(o)]
+            cell.outputs = joined(cell.outputs)
             for output in cell.outputs:
                 if "\r" in output.get("text", ""):  # bars, drawn over and over
                     output["text"] = re.sub(r"[^\n]*\r", "", output["text"])
@@ -52,6 +53,17 @@ def smaller(encoded: str) -> str:
     buffer = io.BytesIO()
     image.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def joined(outputs: list) -> list:
+    """Outputs with what was written to one stream in several pieces as one: a bar is drawn over piece by piece."""
+    whole: list = []
+    for output in outputs:
+        if whole and output.get("name", "") == whole[-1].get("name") and output.output_type == "stream":
+            whole[-1]["text"] += output["text"]
+        else:
+            whole.append(output)
+    return whole
 
 
 def is_only_widget(output) -> bool:
