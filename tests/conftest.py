@@ -17,7 +17,16 @@ if _WORKERS > 1:
 
 def pytest_collection_modifyitems(items):
     """Long files first, so that no worker is left alone with one of them at the end."""
-    long = ["browser/", "test_distill.py", "test_session.py", "iterate.ipynb", "04_", "02_", ".ipynb", "test_goldens.py"]
+    long = [
+        "browser/",
+        "test_distill.py",
+        "test_session.py",
+        "iterate.ipynb",
+        "04_",
+        "02_",
+        ".ipynb",
+        "test_goldens.py",
+    ]
     rank: dict = {}
     for item in items:
         found = next((i for i, name in enumerate(long) if name in item.nodeid), len(long))

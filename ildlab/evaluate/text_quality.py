@@ -21,7 +21,7 @@ from ildlab.evaluate.suites import load_suite, suite_steps
 from ildlab.model.head import beside_teacher, in_fp64
 from ildlab.model.shared import both_final, shared_prefix
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress, Work, drive
+from ildlab.progress import Progress, Work, blocking
 from ildlab.stats import interval, means, resamples
 from ildlab.text.rows import Rows
 
@@ -41,7 +41,7 @@ def evaluate_steps(
     teacher_record: dict[str, Any] | None = None,
     cache: Any = None,
 ) -> Work[Evaluation]:
-    """Evaluate a student against its teacher, step by step.
+    """Evaluate a student against its teacher.
 
     Parameters
     ----------
@@ -105,11 +105,7 @@ def evaluate_steps(
     )
 
 
-def evaluate(
-    student: LayerStack, teacher: LayerStack, blocks: Any, *, show: bool | None = None, **options: Any
-) -> Evaluation:
-    """Evaluate a student against its teacher; `evaluate_steps` says what the options are."""
-    return drive(evaluate_steps(student, teacher, blocks, **options), desc="evaluate", show=show)
+evaluate = blocking(evaluate_steps)
 
 
 @torch.no_grad()

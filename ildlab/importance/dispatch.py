@@ -11,7 +11,7 @@ from ildlab.importance.one_pass import one_pass_steps
 from ildlab.importance.scores import LayerScores
 from ildlab.importance.task import task_steps
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Work, drive
+from ildlab.progress import Work, blocking
 from ildlab.text.rows import Rows
 
 
@@ -24,9 +24,23 @@ def measure_steps(
     tokenizer: Any = None,
     **options: Any,
 ) -> Work[LayerScores]:
-    """Score every layer of the student, step by step; `measure` says what the arguments are.
+    """Score how important each layer of the student is; the student is left as it was.
 
-    `Progress.partial` is the `LayerScores` so far. Close it at any time: the student is untouched.
+    Of the generator (`measure_steps`), `Progress.partial` is the scores so far; it may be closed at any time.
+
+    Parameters
+    ----------
+    blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
+        Tokens to score on; each row is one sequence. "magnitude" and "task" read none.
+    teacher, tokenizer : optional
+        The teacher's LayerStack for "kl"; the student's tokenizer for "task".
+    metric, **options
+        `MeasureConfig` has them all: race, positions, batch_size, seed, confidence, suite, ...
+
+    Raises
+    ------
+    MeasureError
+        Bad options, a missing teacher, suite or tokenizer, fewer than 2 sequences, or a score that is not finite.
     """
     config = check_options(metric, options)
     if metric == "task":
@@ -49,33 +63,4 @@ def measure_steps(
     return (yield from ablation_steps(student, rows, config, teacher))
 
 
-def measure(
-    student: LayerStack,
-    blocks: Any,
-    metric: str = "block_influence",
-    teacher: LayerStack | None = None,
-    *,
-    tokenizer: Any = None,
-    show: bool | None = None,
-    **options: Any,
-) -> LayerScores:
-    """Score how important each layer of the student is; the student is left as it was.
-
-    Parameters
-    ----------
-    blocks : TextBlocks, int Tensor [N, T], or mapping with `input_ids` and `attention_mask`
-        Tokens to score on; each row is one sequence. "magnitude" and "task" read none.
-    teacher, tokenizer : optional
-        The teacher's LayerStack for "kl"; the student's tokenizer for "task".
-    show : bool, optional
-        Draw a progress bar (see `ildlab.progress.drive`).
-    metric, **options
-        `MeasureConfig` has them all: race, positions, batch_size, seed, confidence, suite, ...
-
-    Raises
-    ------
-    MeasureError
-        Bad options, a missing teacher, suite or tokenizer, fewer than 2 sequences, or a score that is not finite.
-    """
-    work = measure_steps(student, blocks, metric, teacher, tokenizer=tokenizer, **options)
-    return drive(work, desc=f"measure {metric}", show=show)
+measure = blocking(measure_steps)
