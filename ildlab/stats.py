@@ -7,16 +7,21 @@ makes weighted means of it, and `interval` turns them into bounds. Figures that 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 RESAMPLES = 2000
 
 
-def resamples(count: int, seed: int = 0) -> np.ndarray:
-    """How often each of `count` sequences is drawn, [RESAMPLES, count] float64."""
+def resamples(count: int, seed: int = 0, strata: Sequence[str] = ()) -> np.ndarray:
+    """How often each of `count` sequences is drawn, [RESAMPLES, count] float64; of each of the strata as many as it has."""
     rng = np.random.default_rng(seed)
-    return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
+    drawn, names = np.empty((RESAMPLES, count)), np.array(strata or [""] * count)
+    for name in dict.fromkeys(names.tolist()):
+        at = np.flatnonzero(names == name)
+        drawn[:, at] = rng.multinomial(len(at), np.full(len(at), 1 / len(at)), size=RESAMPLES)
+    return drawn
 
 
 def means(draws: np.ndarray, x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -12,16 +12,17 @@ import torch
 from ildlab.errors import TextError
 from ildlab.files import data_dir
 from ildlab.progress import drive
+from ildlab.text import teacher_text
 from ildlab.text.blocks import load_text
-from tools import sample_teacher as teacher_text
+from tools import sample_teacher
 from tools.sample_teacher import main, prompts, sample_steps
 
 
 @pytest.fixture
 def openings(monkeypatch):
     """Openings alone: no chat, no empty prompt."""
-    monkeypatch.setattr(teacher_text, "CHAT", 0.0)
-    monkeypatch.setattr(teacher_text, "BARE", 0.0)
+    monkeypatch.setattr(sample_teacher, "CHAT", 0.0)
+    monkeypatch.setattr(sample_teacher, "BARE", 0.0)
 
 
 def drawn(tokenizer, seed, n):
@@ -73,11 +74,10 @@ def test_rows_go_on_as_they_would_alone(teacher, monkeypatch):
     batch = [
         [end, *teacher.tokenizer(text)["input_ids"]] for text in ("One two three", "The capital of France is the")
     ]
-    together = teacher_text._continued(teacher.model, teacher.tokenizer, batch, 24, 0)
-    width = max(map(len, batch))
+    together = teacher_text.continued(teacher.model, teacher.tokenizer, batch, 24, 0)
     for ids, found in zip(batch, together, strict=True):
-        alone = teacher_text._continued(teacher.model, teacher.tokenizer, [ids], 24 - width + len(ids), 0)
-        assert found == alone[0] and found[: len(ids)] == ids and end not in found[1:]
+        assert [found] == teacher_text.continued(teacher.model, teacher.tokenizer, [ids], 24, 0)
+        assert len(found) > 4 and end not in found
 
 
 def test_a_document_ends_at_its_end_of_text(tiny, teacher, openings, monkeypatch):

@@ -333,7 +333,7 @@ def test_mixture_takes_turns(tokenizer, tmp_path):
     for i, row in enumerate(both.tokens):
         assert torch.equal(row, parts[i % 2].tokens[i // 2])
     much = load_text("+".join(names), tokenizer, block=32, split="train", tokens=10**6)
-    assert len(much) == 2 * min(map(len, parts)) and "Shares stay equal" in much.note
+    assert len(much) == 2 * min(map(len, parts)) and "shares stay as they are" in much.note
     # A file whose name holds a plus is a file.
     (tmp_path / "a+b.jsonl").write_text("\n".join(map(json.dumps, prose(100))))
     assert load_text(str(tmp_path / "a+b.jsonl"), tokenizer, block=32, split="train").note == ""

@@ -39,11 +39,11 @@ def ablation_steps(
         group = rows_at_once(student, total, group, one, config.max_branch_bytes)
     run = SmallerOnOOM(job, group)
     race = Race(student.layer_ids, config.confidence, config.tie)
-    collected = Collector(config, rows.source, student.layer_ids, total)
+    collected = Collector(config, rows.source, student.layer_ids, total, rows.kinds)
     details = collected.details
     details |= {"notes": run.notes, "dropped": race.dropped}
     job.want_prior, whole = config.race, 0.0
-    for picked in rounds(total, group, FIRST if config.race else None):
+    for picked in rounds(total, group, max(FIRST, len(set(rows.kinds))) if config.race else None):
         values, alive = run(picked), len(job.alive)
         weights = values[:, alive + 1]
         collected.add(picked, job.alive, values[:, :alive], weights)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ildlab.errors import MeasureError
 from ildlab.importance.config import MeasureConfig
-from ildlab.importance.scores import LayerScores
+from ildlab.importance.scores import LayerScores, by_kind
 from ildlab.model.head import in_fp64
 from ildlab.progress import Progress
 from ildlab.text.rows import Rows
@@ -36,6 +36,10 @@ class Positions:
         """
         n, length = rows.tokens.shape
         able = torch.ones(n, length, dtype=torch.bool) if rows.mask is None else rows.mask.clone()
+        if rows.scored is not None:
+            able &= rows.scored
+            if bool((~able.any(1)).any()):
+                raise MeasureError("A block has no target in it: take longer blocks.")
         if predict:
             able[:, :-1] &= able[:, 1:].clone()
             able[:, -1] = False
@@ -128,8 +132,17 @@ def rounds(total: int, batch_size: int, first: int | None = None) -> Iterator[np
 class Collector:
     """Collects values per sequence while a metric runs, and turns them into LayerScores."""
 
-    def __init__(self, config: MeasureConfig, source: str, layer_ids: Sequence[int], total: int):
+    def __init__(
+        self, config: MeasureConfig, source: str, layer_ids: Sequence[int], total: int, kinds: Sequence[str] = ()
+    ):
         self.config, self.source, self.layer_ids = config, source, list(layer_ids)
+        self.kinds = np.array(kinds)
+        lone = [kind for kind in dict.fromkeys(kinds) if list(kinds).count(kind) < 2]
+        if lone:
+            raise MeasureError(
+                f"Of {', '.join(lone)} there is one sequence: give two or more of each kind of text, or its spread is not "
+                f"known. Raise calibration tokens to {2 * len(set(kinds))} blocks, or shorten the blocks."
+            )
         self.values = np.full((total, len(self.layer_ids)), np.nan)  # [N, L]
         self.weights = np.zeros(total)
         self.details: dict[str, Any] = config.told()
@@ -153,15 +166,21 @@ class Collector:
     def seen(self, layer_ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Values [n, layers] and weights [n] of the rows scored so far."""
         rows = np.flatnonzero(self.weights > 0)
-        return self.values[np.ix_(rows, self._columns(layer_ids))], self.weights[rows]
+        values, weights = self.values[rows], self.weights[rows]
+        if len(self.kinds):
+            values, weights, _ = by_kind(values, weights, self.kinds[rows])
+        return values[:, self._columns(layer_ids)], weights
 
     def scores(self) -> LayerScores:
         """LayerScores of what has been collected."""
+        rows = np.flatnonzero(self.weights > 0)
         return LayerScores.from_samples(
             self.config.metric,
             self.source,
             self.layer_ids,
-            *self.seen(self.layer_ids),
+            self.values[rows],
+            self.weights[rows],
+            kinds=self.kinds[rows].tolist() if len(self.kinds) else (),
             seconds=time.perf_counter() - self.started,
             confidence=self.config.confidence,
             details=self.details,

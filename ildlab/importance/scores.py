@@ -12,7 +12,41 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ildlab.errors import MeasureError
 from ildlab.stats import expansion, interval, listed, mean, means, percentiles, ranks, resamples
+
+
+def by_kind(x: np.ndarray, w: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Values on texts of several kinds, made one: each kind in units of its own median layer, all of one weight.
+
+    Kinds differ in nats by an order of magnitude: a copy is nearly certain, prose is not. What counts is how much less
+    than other layers one matters to each.
+
+    Parameters
+    ----------
+    x, w : ndarray [N, L], [N]
+        Values (NaN where a layer was not scored) and weights of N sequences.
+    kinds : ndarray [N] of str
+
+    Returns
+    -------
+    x, w : ndarray [N, L], [N]
+        `x` over its kind's median, `w` so that those of each kind add up to 1.
+    medians : dict
+        Kind -> median over layers of their mean value, on the sequences that all layers were scored on.
+
+    Raises MeasureError where a kind has no damage to be told by.
+    """
+    x, w, medians = x.copy(), w.copy(), {}
+    for kind in dict.fromkeys(kinds.tolist()):
+        rows = kinds == kind
+        whole = rows & ~np.isnan(x).any(1)
+        medians[kind] = level = float(np.median(mean(x[whole], w[whole])))
+        if not level > 0:
+            raise MeasureError(f"On text of kind {kind!r} the median layer does no damage: leave this kind out.")
+        x[rows] /= level
+        w[rows] /= w[rows].sum()
+    return x, w, medians
 
 
 @dataclass
@@ -32,24 +66,50 @@ class LayerScores:
     weights: np.ndarray  # [N] float64, tokens scored in each sequence; `score` is the mean weighted by them
     confidence: float = 0.95  # of the intervals
     details: dict[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()  # [N], of a text of several kinds: values are then of each kind's median (`by_kind`)
 
     @classmethod
     def from_samples(
-        cls, metric, source, layer_ids, per_sequence, weights, *, seconds=0.0, confidence=0.95, details=None
+        cls, metric, source, layer_ids, per_sequence, weights, *, seconds=0.0, confidence=0.95, details=None, kinds=()
     ) -> LayerScores:
         """Build scores and their bootstrap intervals from values per sequence [N, L] and weights [N].
 
-        Every resample draws N sequences with replacement, the same for all layers (paired), and takes
-        the weighted mean; `ildlab.stats.interval` makes bounds of them.
+        Every resample draws N sequences with replacement (of each kind as many as it has), the same for all layers
+        (paired), and takes the weighted mean; `ildlab.stats.interval` makes bounds of them.
         """
         x, w = np.asarray(per_sequence, float), np.asarray(weights, float)
+        details = dict(details or {})
+        if kinds:
+            x, w, details["medians"] = by_kind(x, w, np.array(kinds))
         index = pd.Index([int(i) for i in layer_ids], name="layer_id")
         scored = ~np.isnan(x)
         n = scored.sum(0)
         score = mean(x, w)
-        low, high = interval(score, means(resamples(len(x)), x, w), n, confidence)
+        low, high = interval(score, means(resamples(len(x), strata=kinds), x, w), n, confidence)
         table = pd.DataFrame({"score": score, "ci_low": low, "ci_high": high, "n": n}, index=index)
-        return cls(table, metric, source, seconds, x, w, confidence, dict(details or {}))
+        return cls(table, metric, source, seconds, x, w, confidence, details, tuple(kinds))
+
+    def of_kind(self, kind: str) -> LayerScores:
+        """The scores on one kind of text alone, in the metric's own unit; MeasureError where there is none of it."""
+        rows = [i for i, each in enumerate(self.kinds) if each == kind]
+        if not rows:
+            known = ", ".join(dict.fromkeys(self.kinds)) or "one kind only"
+            raise MeasureError(f"These scores have no kind of text {kind!r}; they have: {known}.")
+        values = self.per_sequence[rows] * self.details["medians"][kind]
+        told = {"seconds": self.seconds, "confidence": self.confidence, "details": self.details}
+        return self.from_samples(
+            self.metric, f"{kind} of {self.source}", self.layer_ids, values, self.weights[rows], **told
+        )
+
+    @property
+    def per_kind(self) -> pd.DataFrame:
+        """Scores of every layer (rows) on each kind of text alone (columns), in units of that kind's median layer."""
+        kinds = np.array(self.kinds)
+        columns = {
+            kind: mean(self.per_sequence[kinds == kind], self.weights[kinds == kind])
+            for kind in dict.fromkeys(self.kinds)
+        }
+        return pd.DataFrame(columns, index=self.table.index)
 
     @classmethod
     def exact(cls, metric, source, layer_ids, scores, *, seconds=0.0, details=None) -> LayerScores:
@@ -90,7 +150,7 @@ class LayerScores:
             score = self.table["score"].to_numpy(float)
             return (score - score[least])[None]
         paired = self.per_sequence - self.per_sequence[:, [least]]
-        return means(resamples(len(paired)), paired, self.weights)
+        return means(resamples(len(paired), strata=self.kinds), paired, self.weights)
 
     def separation(self) -> float:
         """Probability, by paired bootstrap, that every other layer scores higher than the least important one.
@@ -152,6 +212,7 @@ class LayerScores:
             "weights": listed(self.weights),
             "per_sequence": [listed(row, 7) for row in self.per_sequence],
             "details": self.details,
+            **({"kinds": list(self.kinds)} if self.kinds else {}),
         }
 
     @classmethod
@@ -163,7 +224,14 @@ class LayerScores:
         weights = np.array(data["weights"], float)
         per_sequence = np.array(data["per_sequence"], float).reshape(len(weights), len(index))  # [0] -> [0, L]
         plain = {name: data[name] for name in ("metric", "source", "seconds", "confidence")}
-        return cls(table, per_sequence=per_sequence, weights=weights, details=dict(data["details"]), **plain)
+        return cls(
+            table,
+            per_sequence=per_sequence,
+            weights=weights,
+            details=dict(data["details"]),
+            kinds=tuple(data.get("kinds", ())),
+            **plain,
+        )
 
     def __repr__(self) -> str:
         least = self.least_important
@@ -180,6 +248,10 @@ class LayerScores:
             interval=[f"[{low:.4g}, {high:.4g}]" for low, high in zip(table.ci_low, table.ci_high, strict=True)],
             n=table.n,
         )
+        # A kind is named by a person: it may look like HTML, or be called as another column is.
+        kinds = self.per_kind.rename(columns=lambda kind: escape(kind) + " (text)" * (kind in shown))
+        shown = shown.join(kinds)
+        digits = {"score": "{:.4g}", **dict.fromkeys(kinds, "{:.3g}")}
         shown[""] = [
             "least important" if i == least else "tied with it" if i in tied else "" if i in kept else "dropped early"
             for i in shown.index
@@ -191,8 +263,9 @@ class LayerScores:
             f"{'' if math.isnan(half) else f'; split-half rank correlation {half:.2f}'}. "
             f"Intervals: {100 * self.confidence:g}%."
         )
+        head += " Scores are in units of each kind's median layer." if self.kinds else ""
         name = f"{zlib.crc32(repr(self.to_dict()).encode()):08x}"  # the page of the same scores is the same
-        style = shown.rename_axis("layer").style.set_uuid(name).format({"score": "{:.4g}"})
+        style = shown.rename_axis("layer").style.set_uuid(name).format(digits)
         style = style.bar(["score"], color="rgba(128, 128, 128, .4)", align="left", vmin=min(0, table.score.min()))
         page = style.set_table_attributes("aria-label='Importance by layer'").to_html()
         return f"<div>{head}{page}</div>"

@@ -14,7 +14,8 @@ import torch
 
 from ildlab.errors import TextError
 from ildlab.files import atomic_file, cache_dir
-from ildlab.text.sources import SPLITS, Documents, exists, find_documents
+from ildlab.text.mix import interleaved, kind_of, packed, rows_file, rows_of, summands
+from ildlab.text.sources import SPLITS, Documents, find_documents
 
 _MAPPED = 16 * 2**20  # tokens (64 MB as int32) from which on a stream lives in a memory-mapped file
 
@@ -33,6 +34,9 @@ class TextBlocks:
     bos: tuple[
         int, ...
     ] = ()  # the ids that the tokenizer puts before a text, most often one or none: each block has them
+    # bool [blocks, block], where a student is scored: the next token is a target. None: everywhere.
+    scored: torch.Tensor | None = None
+    kinds: tuple[str, ...] = ()  # what kind of text each block is, in a mixture
 
     block = property(lambda self: self.tokens.shape[1], doc="Tokens in one block.")
     n_tokens = property(lambda self: self.tokens.numel(), doc="Tokens in all blocks.")
@@ -42,11 +46,17 @@ class TextBlocks:
         return self.tokens.shape[0]
 
     def take(self, n_blocks: int) -> TextBlocks:
-        """Return the first `n_blocks` blocks; nothing is copied. Raises TextError where there are fewer."""
+        """Return the first `n_blocks` blocks. Raises TextError where there are fewer."""
         if not 1 <= n_blocks <= len(self):
             raise TextError(f"take({n_blocks}): this text has {len(self)} blocks; take from 1 to {len(self)}.")
-        tokens = self.tokens[:n_blocks]
-        return replace(self, tokens=tokens, fingerprint=_fingerprint(tokens))
+        return self.pick(range(n_blocks))
+
+    def pick(self, rows: Sequence[int]) -> TextBlocks:
+        """Return these blocks, in this order."""
+        rows = list(rows)
+        tokens, scored = self.tokens[rows], None if self.scored is None else self.scored[rows]
+        kinds = tuple(self.kinds[i] for i in rows) if self.kinds else ()
+        return replace(self, tokens=tokens, scored=scored, kinds=kinds, fingerprint=_fingerprint(tokens, scored))
 
     def __repr__(self) -> str:
         opened = f", each opened by BOS {', '.join(map(str, self.bos))}" if self.bos else ""
@@ -80,7 +90,11 @@ def load_text(
         - a Hub data set, ``"owner/name"`` or ``"owner/name:configuration"``, of which the train rows are read
           as a stream (and kept in the cache: a later change on the Hub is not noticed).
         - a list of str, each a document.
-        - two or more joined by ``+``: equal shares, block by block.
+        - ``"mix"``: texts of six kinds, most of them in the teacher's own words, scored where they answer
+          (`ildlab.text.mix`); a file of such rows, which `ildlab.text.make_mix` makes for any teacher; ``"mix:copies"``
+          for one kind.
+        - two or more joined by ``+``, such as ``"mix*3+mine.txt"``: a mixture, by blocks and weights. To calibrate, all kinds
+          have as many blocks.
     tokenizer
         A transformers tokenizer.
     block : int
@@ -108,9 +122,18 @@ def load_text(
     if tokens is not None and tokens < block:
         raise TextError(f"tokens={tokens} do not fill one block of {block}; raise tokens or lower block.")
 
-    if isinstance(source, str) and "+" in source and not exists(Path(source).expanduser()):
-        return _mixture(source, tokenizer, tokens, block=block, split=split, seed=seed, text_column=text_column)
-    documents = find_documents(source, split=split, seed=seed, text_column=text_column)
+    source = os.fspath(source) if isinstance(source, os.PathLike) else source
+    terms = summands(source) if isinstance(source, str) else []
+    if len(terms) > 1:
+        return _mixture(source, terms, tokenizer, tokens, block=block, split=split, seed=seed, text_column=text_column)
+    source = terms[0][0] if terms else source  # a weight says nothing where there is one source
+    if terms and (file := rows_file(source)):
+        rows = rows_of(file[1], kind_of(source), split, seed)
+        if any(context for parts in rows for context in parts[::2]):
+            return _of_rows(rows, source, tokenizer, bos, tokens, block=block, split=split, seed=seed)
+        documents = Documents(source, None, lambda: iter("".join(parts) for parts in rows))
+    else:
+        documents = find_documents(source, split=split, seed=seed, text_column=text_column)
     if documents.endless and tokens is None:
         raise TextError(f"A Hub data set may be endless: say how many tokens of {documents.source!r} to read.")
 
@@ -133,19 +156,65 @@ def load_text(
     return TextBlocks(packed, documents.source, split, seed, _fingerprint(packed), note, bos)
 
 
-def _mixture(source: str, tokenizer, tokens: int | None, **options: Any) -> TextBlocks:
-    """Take turns between the sources, block by block, for as long as each has one."""
-    names = [name.strip() for name in source.split("+")]
+def _mixture(source: str, terms, tokenizer, tokens: int | None, **options: Any) -> TextBlocks:
+    """Blocks of several sources, each at its place behind its share; the whole ends where one of them runs out."""
+    names, weights = zip(*terms, strict=True)
+    if options["split"] == "calibration":  # there each kind has one say, however much text it is
+        weights = (1.0,) * len(names)
     total = None if tokens is None else tokens // options["block"]
-    share = None if total is None else -(-total // len(names)) * options["block"]
-    parts = [load_text(name, tokenizer, tokens=share, **options) for name in names]
-    each = min(map(len, parts))
-    # n parts of [each, block] -> [each, n, block] -> [each * n, block]
-    packed = torch.stack([part.tokens[:each] for part in parts], dim=1).flatten(0, 1)[:total]
-    note = " ".join(part.note for part in parts if part.note)
-    if len(packed) < (total or 0):
-        note += f" Shares stay equal, so {packed.numel():,} tokens are given."
-    return replace(parts[0], tokens=packed, source=source, fingerprint=_fingerprint(packed), note=note)
+    if total is not None and total < len(names):
+        raise TextError(
+            f"tokens={tokens}: {source!r} has {len(names)} kinds of text, and needs a block of {options['block']} for "
+            f"each; give at least {len(names) * options['block']} tokens, or shorter blocks."
+        )
+    parts = []
+    for name, weight in zip(names, weights, strict=True):
+        share = None if total is None else (int(total * weight / sum(weights)) + 2) * options["block"]
+        parts.append(load_text(name, tokenizer, tokens=share, **options))
+    order = interleaved([len(part) for part in parts], weights, total)
+    tokens_ = torch.stack([parts[p].tokens[row] for p, row in order])  # [blocks, block]
+    scored = None
+    if any(part.scored is not None for part in parts):
+        everywhere = torch.ones(options["block"], dtype=torch.bool)
+        scored = torch.stack([everywhere if (s := parts[p].scored) is None else s[row] for p, row in order])
+    kinds = tuple(kind_of(names[p]) for p, _ in order)
+    note = ""
+    if len(order) < (total or 0):
+        note = f"{tokens:,} tokens were asked for; shares stay as they are, so {tokens_.numel():,} are given: "
+        note += " ".join(part.note for part in parts if part.note)
+    more = {"tokens": tokens_, "scored": scored, "kinds": kinds, "note": note}
+    return replace(parts[0], source=source, fingerprint=_fingerprint(tokens_, scored), **more)
+
+
+def _of_rows(
+    rows: list[list[str]], source: str, tokenizer, bos: tuple[int, ...], tokens: int | None, **options: Any
+) -> TextBlocks:
+    """Blocks of rows with targets, each row whole, an EOS after it."""
+    after, texts = _separator(tokenizer), [part for parts in rows for part in parts]
+    ids = iter(_encode(tokenizer, texts))
+    encoded = []
+    for parts in rows:
+        pieces = [next(ids) for _ in parts]
+        said = [number % 2 == 1 for number, piece in enumerate(pieces) for _ in piece]
+        encoded.append(([i for piece in pieces for i in piece] + [after], [*said, False]))
+    block = options["block"]
+    most = None if tokens is None else tokens // block
+    found, scored = (torch.from_numpy(each) for each in packed(encoded, block - len(bos), most))
+    note = f"{tokens:,} tokens were asked for; {source} has {found.numel():,}." if len(found) < (most or 0) else ""
+    if len(found) < 1:
+        longest = max(len(ids) for ids, _ in encoded) if encoded else 0
+        advice = (
+            f"its rows have up to {longest} tokens: raise block"
+            if longest > block
+            else "give more rows, or lower block"
+        )
+        raise TextError(f"The {options['split']} split of {source} does not fill one block of {block}; {advice}.")
+    if bos:
+        found = torch.cat([torch.tensor(bos, dtype=torch.int32).expand(len(found), -1), found], 1)  # [blocks, block]
+        scored = torch.cat([torch.zeros(len(found), len(bos), dtype=torch.bool), scored], 1)
+    kinds = (kind_of(source),) * len(found)
+    print_ = _fingerprint(found, scored)
+    return TextBlocks(found, source, options["split"], options["seed"], print_, note, bos, scored, kinds)
 
 
 # ---- documents to one stream of tokens -------------------------------------------------------------
@@ -258,7 +327,9 @@ def tokenizer_fingerprint(tokenizer) -> str:
     return digest.hexdigest()
 
 
-def _fingerprint(tokens: torch.Tensor) -> str:
+def _fingerprint(tokens: torch.Tensor, scored: torch.Tensor | None = None) -> str:
     digest = hashlib.sha256(f"{tokens.shape[1]}|".encode())
     digest.update(np.ascontiguousarray(tokens.numpy(), dtype="<i4").data)
+    if scored is not None:
+        digest.update(np.packbits(scored.numpy()).data)
     return digest.hexdigest()

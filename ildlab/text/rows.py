@@ -23,6 +23,8 @@ class Rows:
     mask: torch.Tensor | None  # [N, T] bool, False where a token is padding; None where nothing is
     source: str  # where they come from, for a person
     text: dict[str, str] = field(default_factory=dict)  # source, split, fingerprint of TextBlocks; else empty
+    scored: torch.Tensor | None = None  # [N, T] bool, where a student is scored; None: everywhere
+    kinds: tuple[str, ...] = ()  # what kind of text each sequence is, of a mixture
 
     @classmethod
     def of(cls, blocks: TextBlocks | torch.Tensor | Mapping[str, Any] | Rows) -> Rows:
@@ -32,8 +34,9 @@ class Rows:
         """
         if isinstance(blocks, Rows):
             return blocks
-        tokens, mask, name, text = blocks, None, "given tokens", {}
+        tokens, mask, name, text, more = blocks, None, "given tokens", {}, {}
         if isinstance(blocks, TextBlocks):
+            more = {"scored": blocks.scored, "kinds": blocks.kinds}
             tokens, name = blocks.tokens, f"{blocks.source} ({blocks.split})"
             text = {key: getattr(blocks, key) for key in ("source", "split", "fingerprint")}
         elif isinstance(blocks, Mapping):
@@ -55,7 +58,7 @@ class Rows:
                 raise TextError("attention_mask: a sequence has no valid token.")
             mask = None if bool(mask.all()) else mask
         first = ", BOS first" if getattr(blocks, "bos", ()) else ""
-        return cls(tokens.cpu(), mask, f"{name}, {tokens.shape[0]} × {tokens.shape[1]} tokens{first}", text)
+        return cls(tokens.cpu(), mask, f"{name}, {tokens.shape[0]} × {tokens.shape[1]} tokens{first}", text, **more)
 
     def batch(self, rows: np.ndarray) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return what `LayerStack.trunk` takes for these rows: int64 [B, T], in a mapping where there is a mask."""

@@ -1,0 +1,262 @@
+"""Text of many kinds: sums of sources, rows that say where a student is scored, and the mix that a teacher writes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from ildlab.errors import MeasureError, TextError
+from ildlab.files import data_dir
+from ildlab.importance.dispatch import measure
+from ildlab.importance.scores import LayerScores, by_kind
+from ildlab.model.stack import LayerStack
+from ildlab.text.blocks import load_text
+from ildlab.text.mix import WEIGHTS, interleaved, packed, rows_file, summands
+from ildlab.text.rows import Rows
+from ildlab.text.teacher_text import SHARES, make_mix
+
+KINDS = {"prose", "answers", "copies", "lists", "arithmetic", "docs"}
+
+
+def file_of(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def rows_here(tmp_path):
+    """A file of two kinds: sums, scored at each answer, and plain text."""
+    sums = [
+        {"kind": "sums", "split": "train", "parts": [f"{n} + 1 =", f" {n + 1}", f"\n{n} + 2 =", f" {n + 2}"]}
+        for n in range(40)
+    ]
+    tales = [
+        {"kind": "tales", "split": "train", "parts": ["", f"Once there were {n} frogs in a pond."]} for n in range(40)
+    ]
+    return file_of(tmp_path / "rows.jsonl", sums + tales)
+
+
+# ---------------------------------------------------------------- sources and weights
+
+
+def test_a_sum_of_sources_has_weights(tmp_path):
+    assert summands("a.txt*3+b.txt") == [("a.txt", 3.0), ("b.txt", 1.0)]
+    assert summands("a.txt") == [("a.txt", 1.0)]
+    odd = tmp_path / "a+b*2.txt"  # a file that is there is what it is called
+    odd.write_text("x")
+    assert summands(str(odd)) == [(str(odd), 1.0)]
+    for wrong in ("a*0+b", "a+*2", "a*1.2.3"):
+        with pytest.raises(TextError, match="weight"):
+            summands(wrong)
+
+
+def test_the_mix_is_the_sum_of_its_kinds():
+    found = dict(summands("mix"))
+    assert {name.removeprefix("mix:") for name in found} == {
+        *KINDS - {"prose", "docs"},
+        "teacher-samples",
+        "python-docs",
+    }
+    assert found["teacher-samples"] / found["mix:copies"] == pytest.approx(WEIGHTS["prose"] / WEIGHTS["copies"])
+    assert sum(found.values()) == pytest.approx(1)
+    assert dict(summands("mix*3+x.txt"))["x.txt"] == 1 and sum(
+        dict(summands("mix*3+x.txt")).values()
+    ) == pytest.approx(4)
+
+
+def test_interleaved_keeps_shares_and_order():
+    order = interleaved([100, 100], [3.0, 1.0], 40)
+    assert len(order) == 40 and sum(part == 0 for part, _ in order) == 30
+    assert [row for part, row in order if part == 0] == list(range(30))
+    for end in range(4, 40, 4):  # each prefix has its share, so that fewer tokens are a smaller picture
+        assert sum(part == 0 for part, _ in order[:end]) == 3 * end // 4
+    assert len(interleaved([3, 100], [1.0, 1.0], 40)) <= 8  # shares stay as they are where one runs out
+
+
+def test_a_weighted_source_alone_is_that_source(teacher):
+    one = load_text("python-docs*2", teacher.tokenizer, block=32, tokens=320)
+    assert torch.equal(one.tokens, load_text("python-docs", teacher.tokenizer, block=32, tokens=320).tokens)
+
+
+# ---------------------------------------------------------------- rows with targets
+
+
+def test_packed_rows_are_whole_and_scored_before_their_targets():
+    rows = [([1, 2, 3, 9], [False, True, True, False]), ([4, 5, 9], [False, True, False])]
+    tokens, scored = packed(rows, 7, None)
+    assert tokens.tolist() == [[1, 2, 3, 9, 4, 5, 9]]
+    # A position is scored where the next token is a target.
+    assert scored.tolist() == [[True, True, False, False, True, False, False]]
+    tokens, scored = packed([*rows, rows[0]], 5, None)
+    assert tokens[0, :4].tolist() == [1, 2, 3, 9] and not scored[0, 3:].any()  # what fills a block is not scored
+
+
+def test_scored_positions_are_those_of_the_answers(rows_here, teacher):
+    blocks = load_text(f"{rows_here}:sums", teacher.tokenizer, block=32, split="train")
+    assert blocks.kinds == ("sums",) * len(blocks)
+    after = blocks.tokens.roll(-1, 1)[blocks.scored]  # the tokens that scored positions predict
+    said = teacher.tokenizer.decode(after)
+    assert set(said) <= set("0123456789 ") and "+" not in said and "=" not in said
+    assert 4 < len(after) < blocks.n_tokens / 2
+    tales = load_text(f"{rows_here}:tales", teacher.tokenizer, block=32, split="train")
+    assert tales.scored is None  # plain text is scored everywhere
+
+
+def test_a_file_of_rows_is_a_mixture(rows_here, teacher):
+    blocks = load_text(rows_here, teacher.tokenizer, block=32, tokens=320, split="train")
+    assert set(blocks.kinds) == {"sums", "tales"} and blocks.kinds.count("sums") == 5
+    assert blocks.scored[np.array(blocks.kinds) == "tales"].all()
+    other = load_text(rows_here, teacher.tokenizer, block=32, tokens=320, split="train")
+    assert other.fingerprint == blocks.fingerprint != blocks.pick(range(9)).fingerprint
+    unscored = Rows.of(blocks.tokens)
+    assert unscored.scored is None and Rows.of(blocks).kinds == blocks.kinds
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"kind": "x", "parts": ["a"]},
+        {"kind": "x", "parts": []},
+        {"parts": ["a", "b"]},
+        {"kind": "x", "parts": ["a", 1]},
+    ],
+)
+def test_a_row_that_is_none_is_named(tmp_path, teacher, row):
+    good = {"kind": "x", "parts": ["a", "b"]}
+    with pytest.raises(TextError, match=r"Row 2 of .*rows\.jsonl"):
+        load_text(file_of(tmp_path / "rows.jsonl", [good, row]), teacher.tokenizer, block=8)
+
+
+def test_kinds_that_are_not_there(rows_here, teacher):
+    with pytest.raises(TextError, match="sums, tales"):
+        load_text(f"{rows_here}:songs", teacher.tokenizer, block=32)
+    with pytest.raises(TextError, match="2 kinds of text"):
+        load_text(rows_here, teacher.tokenizer, block=32, tokens=32, split="train")
+
+
+def test_a_file_of_texts_is_no_file_of_rows(tmp_path):
+    assert rows_file(file_of(tmp_path / "a.jsonl", [{"text": "x"}])) is None
+    (tmp_path / "b.jsonl").write_text("not json")
+    assert rows_file(str(tmp_path / "b.jsonl")) is None and rows_file("nowhere.jsonl") is None
+
+
+# ---------------------------------------------------------------- what ships
+
+
+def test_the_shipped_mix(teacher):
+    found = load_text("mix", teacher.tokenizer, block=128, tokens=128 * 24)
+    assert {kind: found.kinds.count(kind) for kind in KINDS} == dict.fromkeys(KINDS, 4)  # to calibrate: equal shares
+    train = load_text("mix", teacher.tokenizer, block=128, tokens=128 * 120, split="train")
+    assert train.kinds.count("prose") == pytest.approx(120 * WEIGHTS["prose"] / 11, abs=1)  # docs: 1
+    assert load_text("mix", teacher.tokenizer, block=128, split="train").n_tokens > 500_000
+    card = (data_dir() / "mix" / "README.md").read_text()
+    assert "SmolLM2-135M-Instruct" in card and "mini7" in card
+
+
+def test_splits_of_the_mix_never_overlap():
+    with gzip.open(data_dir() / "mix" / "smollm2-135m.jsonl.gz", "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    of = {}
+    for row in rows:
+        of.setdefault("".join(row["parts"]), set()).add(row["split"])
+    assert len(rows) > 5000 and all(len(splits) == 1 for splits in of.values())
+
+
+# ---------------------------------------------------------------- scores of several kinds
+
+
+def test_by_kind_gives_each_kind_one_weight_in_its_own_units():
+    x = np.array([[1.0, 2.0, 6.0], [3.0, 2.0, 2.0], [0.01, 0.02, 0.09]])
+    kinds = np.array(["a", "a", "b"])
+    values, weights, medians = by_kind(x, np.array([1.0, 3.0, 5.0]), kinds)
+    assert medians == {"a": pytest.approx(2.5), "b": pytest.approx(0.02)}
+    assert weights == pytest.approx([0.25, 0.75, 1.0])
+    combined = (weights[:, None] * values).sum(0) / 2
+    # a: weighted means 2.5, 2, 3 over their median; b: 0.5, 1, 4.5.
+    assert combined == pytest.approx([(1 + 0.5) / 2, (0.8 + 1) / 2, (1.2 + 4.5) / 2])
+    with pytest.raises(MeasureError, match="'b'"):
+        by_kind(np.zeros((2, 3)), np.ones(2), np.array(["b", "b"]))
+
+
+def test_kl_on_a_mixture_is_that_of_its_kinds(tiny, rows_here, teacher):
+    """Against KL measured on each kind alone, and against a plain sum at the scored positions."""
+    stack = LayerStack(tiny(4, vocab=49152, hidden=32))
+    blocks = load_text(rows_here, teacher.tokenizer, block=32, tokens=256, split="train")
+    scores = measure(stack, blocks, "kl", teacher=stack, show=False)
+    assert scores.kinds == blocks.kinds
+    combined = np.zeros(4)
+    for kind in ("sums", "tales"):
+        part = blocks.pick([i for i, each in enumerate(blocks.kinds) if each == kind])
+        whole = np.array([damage(stack, part, layer_id) for layer_id in stack.layer_ids])
+        assert scores.of_kind(kind).table["score"].to_numpy() == pytest.approx(whole, rel=1e-4)
+        assert scores.of_kind(kind).source.startswith(f"{kind} of ")
+        combined += whole / np.median(whole) / 2
+    assert scores.table["score"].to_numpy() == pytest.approx(combined, rel=1e-4)
+    kept = LayerScores.from_dict(scores.to_dict())
+    pd.testing.assert_frame_equal(kept.of_kind("sums").table, scores.of_kind("sums").table, rtol=1e-5)
+    with pytest.raises(MeasureError, match="sums, tales"):
+        scores.of_kind("songs")
+
+
+def test_one_sequence_of_a_kind_is_refused_before_the_work(tiny, rows_here, teacher):
+    stack = LayerStack(tiny(4, vocab=49152, hidden=32))
+    blocks = load_text(rows_here, teacher.tokenizer, block=32, tokens=96, split="train")
+    assert sorted(blocks.kinds.count(kind) for kind in ("sums", "tales")) == [1, 2]
+    with pytest.raises(MeasureError, match="there is one sequence"):
+        measure(stack, blocks, "kl", teacher=stack, show=False)
+
+
+@torch.no_grad()
+def damage(stack, blocks, layer_id):
+    """Mean KL(whole || without the layer) at the scored positions."""
+    bare = stack.share()
+    bare.remove(layer_id)
+    ids = blocks.tokens.long()
+    p, q = (each.model(input_ids=ids).logits.double().log_softmax(-1) for each in (stack, bare))
+    kl = (p.exp() * (p - q)).sum(-1)  # [N, T]
+    return float(kl[blocks.scored].mean())
+
+
+def test_intervals_come_from_rows_within_kinds():
+    """Where kinds differ and rows of a kind do not, there is nothing to be unsure of."""
+    x = np.repeat([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]], 4, axis=0)
+    scores = LayerScores.from_samples("kl", "x", [0, 1, 2], x, np.ones(8), kinds=["a"] * 4 + ["b"] * 4)
+    assert scores.table["ci_low"].to_numpy() == pytest.approx(scores.table["score"].to_numpy())
+    assert scores.table["ci_high"].to_numpy() == pytest.approx(scores.table["score"].to_numpy())
+
+
+# ---------------------------------------------------------------- a mix of any teacher's
+
+
+def test_a_mix_of_any_teacher(tiny, teacher, tmp_path):
+    model = tiny(2, vocab=49152, hidden=16)
+    passages = [
+        f"Number {n} is a place by the sea. " + "People walk there and look at the boats when the day is long. " * 4
+        for n in range(30)
+    ]
+    rows = make_mix(model, teacher.tokenizer, passages, rows=200, batch=64, show=False)
+    kinds = {row["kind"] for row in rows}
+    assert kinds <= KINDS and kinds >= {"prose", "copies", "arithmetic"}
+    assert sum(row["kind"] == "copies" for row in rows) == 200 * SHARES["copies"] // sum(SHARES.values())
+    for row in rows:
+        if row["kind"] == "copies":
+            context, target = row["parts"]
+            assert (
+                context.endswith(target.split()[0]) is False and target.strip() in context
+            )  # it stands there already
+        if row["kind"] == "arithmetic":
+            assert all(
+                eval(a.strip().removesuffix("=")) == int(b) for a, b in zip(row["parts"][::2], row["parts"][1::2])
+            )
+    assert rows == make_mix(model, teacher.tokenizer, passages, rows=200, batch=64, show=False)
+    blocks = load_text(file_of(tmp_path / "mine.jsonl", rows), teacher.tokenizer, block=128, split="train")
+    assert set(blocks.kinds) == kinds
+    with pytest.raises(TextError, match="does not fill one block of 16; .*raise block"):
+        load_text(tmp_path / "mine.jsonl", teacher.tokenizer, block=16, split="train")
+    with pytest.raises(TextError, match="at least 20 passages"):
+        make_mix(model, teacher.tokenizer, ["Too short."] * 30, show=False)
