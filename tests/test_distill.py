@@ -19,7 +19,7 @@ from ildlab.distill.batches import Counts, row_order
 from ildlab.distill.config import DistillConfig
 from ildlab.distill.losses import divergence
 from ildlab.distill.masters import Masters
-from ildlab.distill.scope import match_points, resolve_scope
+from ildlab.distill.scope import match_points, resolve_scope, runs
 from ildlab.distill.step import DistillStep
 from ildlab.distill.train import distill, distill_steps
 from ildlab.errors import DistillError, NotFiniteError, TextError
@@ -27,7 +27,14 @@ from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
 
 BASE = DistillConfig(
-    scope="suffix", hidden_loss="mse", batch_size=4, learning_rate=1e-2, tokens=4 * 12 * 8, kl_positions=None
+    scope="suffix",
+    hidden_loss="mse",
+    hidden_weight=1.0,
+    batch_size=4,
+    learning_rate=1e-2,
+    tokens=4 * 12 * 8,
+    local_tokens=0,
+    kl_positions=None,
 )
 
 
@@ -312,8 +319,10 @@ def test_closing_keeps_the_weights_of_the_last_step(tiny):
     assert not any(p.requires_grad for p in student.model.parameters())
 
 
-def test_resumed_curves_equal_the_unbroken_one(tiny, tmp_path):
-    config = replace(BASE, checkpoint_every=1, kl_positions=5, tokens=4 * 12 * 11)
+@pytest.mark.parametrize("local", [0, 4])
+def test_resumed_curves_equal_the_unbroken_one(tiny, tmp_path, local):
+    few = {"tokens": 4 * 12 * (11 - local), "local_tokens": 4 * 12 * local}
+    config = replace(BASE, checkpoint_every=1, kl_positions=5, **few)
     student, teacher = pair(tiny)
     whole = distill(student, teacher, rows(), config, gap=2).history
     final = weights(student)
@@ -340,6 +349,83 @@ def test_resumed_curves_equal_the_unbroken_one(tiny, tmp_path):
     assert same(weights(student), final)
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in lines] == whole.loss.tolist()
+
+
+# ---------------------------------------------------------------- the local stage
+
+
+def test_runs_are_layers_that_follow_each_other_in_the_student(tiny):
+    student = LayerStack(tiny(8)).share()
+    student.remove(2)
+    student.remove(5)
+    assert runs(student, [0, 1, 3]) == {3: 0}  # over the gap at 2
+    assert runs(student, [1, 3, 6]) == {3: 1, 6: 4}  # 4 is between
+    assert runs(student, [4, 6, 7]) == {7: 3}
+
+
+def test_local_loss_and_gradients_restated(tiny):
+    """Each run is trained for its own distance, on what the student has below it, and for nothing else."""
+    student, teacher = pair(tiny, (1, 5), layers=8, dtype=torch.float64)
+    trained = [0, 2, 4, 6]  # two runs: 0 2, and behind the frozen 3, 4 6
+    student.own(trained)
+    layers = {i: student.layers[student.position(i)] for i in trained}
+    for layer in layers.values():
+        layer.requires_grad_(True)
+    ids, mask = rows(3).long(), torch.ones(3, 12)
+    mask[1, 7:] = 0
+    config = replace(BASE, local_tokens=36, hidden_loss="relative_mse")
+    step = DistillStep(student, teacher, trained, [], config)
+    loss, stats = step.local({"input_ids": ids, "attention_mask": mask}, Counts(int(mask.sum()), 1, 1))
+    theirs = teacher.hidden_states({"input_ids": ids, "attention_mask": mask})
+    mine = list(student.walk({"input_ids": ids, "attention_mask": mask}))
+    distances = []
+    for layer_id in (2, 6):
+        a, b = mine[student.position(layer_id) + 1], theirs[layer_id + 1]
+        distances.append((((a - b).square().sum(-1) / b.square().sum(-1)) * mask).sum() / mask.sum())
+    assert float(loss.detach()) == pytest.approx(float(sum(distances).detach()), rel=1e-9)
+    assert (stats[3:] / mask.sum()).tolist() == pytest.approx([float(d.detach()) for d in distances], rel=1e-6)
+    for run, distance in (((0, 2), distances[0]), ((4, 6), distances[1])):
+        params = [p for i in run for p in layers[i].parameters()]
+        got, want = (torch.autograd.grad(each, params, retain_graph=True) for each in (loss, distance))
+        assert all(torch.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(got, want, strict=True))
+
+
+def test_the_local_stage_comes_first_and_runs_nothing_above(tiny):
+    student, teacher = pair(tiny, layers=8)
+    config = replace(BASE, scope="neighbours", tokens=4 * 12 * 3, local_tokens=4 * 12 * 20, warmup=0.0)
+    ran = []
+    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(teacher.layers)]
+    result = distill(student, teacher, rows(), config, gap=2)
+    for hook in hooks:
+        hook.remove()
+    history = result.history
+    assert history.stage.tolist() == ["local"] * 20 + ["joint"] * 3 and result.steps == 23
+    local, joint = history[history.stage == "local"], history[history.stage == "joint"]
+    assert local.kl.isna().all() and local.agreement.isna().all() and joint.kl.notna().all()
+    assert (
+        local.hidden.iloc[-1] < 0.8 * local.hidden.iloc[0]
+        and local.columns[local.notna().any()].isin(["hidden_3"]).any()
+    )
+    assert local.learning_rate.iloc[0] == config.local_rate and joint.learning_rate.iloc[0] == config.learning_rate
+    assert ran.count(7) == 3  # the top layer: in the joint steps alone
+
+
+def test_a_local_stage_that_cannot_be(tiny):
+    with pytest.raises(DistillError, match="local_tokens"):
+        DistillConfig(local_tokens=-1)
+    with pytest.raises(DistillError, match="local_rate"):
+        DistillConfig(local_rate=0.0)
+    with pytest.raises(DistillError, match="local_tokens=0"):
+        DistillConfig.paper(local_tokens=96)
+
+
+def test_a_local_loss_that_is_not_finite_names_its_layer(tiny):
+    student, teacher = pair(tiny)
+    with torch.no_grad():
+        student.layers[student.position(3)].mlp.down_proj.weight.fill_(float("inf"))
+    config = replace(BASE, scope="neighbours", local_tokens=96)
+    with pytest.raises(NotFiniteError, match=r"step 1 \(learning rate 0.002\).*layers \[3\].*lower local_rate"):
+        distill(student, teacher, rows(), config, gap=2)
 
 
 KILLED = """
@@ -532,10 +618,13 @@ def test_smollm2_heals(teacher, blocks):
     whole = LayerStack(teacher.model)
     student = whole.share()
     student.remove(20)
-    config = DistillConfig(tokens=6 * 256, batch_size=4, learning_rate=4e-4)
+    config = DistillConfig(scope="window(2)", tokens=3 * 256, local_tokens=6 * 256, batch_size=4)
     result = distill(student, whole, blocks.tokens[:4], config, gap=20)
     assert result.trained == [18, 19, 21, 22]
-    assert result.history.kl.iloc[-1] < 0.85 * result.history.kl.iloc[0]
+    local, joint = (result.history[result.history.stage == stage] for stage in ("local", "joint"))
+    assert local.hidden.iloc[-1] < 0.85 * local.hidden.iloc[0]
+    untrained = distill(whole.share(without=[20]), whole, blocks.tokens[:4], replace(config, local_tokens=0), gap=20)
+    assert joint.kl.iloc[0] < 0.9 * untrained.history.kl.iloc[0]  # it begins where the local stage left it
 
 
 # ---------------------------------------------------------------- several processes
@@ -562,7 +651,10 @@ def loaded_pair(folder, dtype):
     return student, teacher
 
 
-SPREAD = DistillConfig(batch_size=4, tokens=4 * 12 * 4, kl_positions=7, micro_batch=1, learning_rate=1e-3)
+# Two steps of each stage.
+SPREAD = DistillConfig(
+    batch_size=4, tokens=4 * 12 * 2, local_tokens=4 * 12 * 2, hidden_weight=1.0, kl_positions=7, micro_batch=1
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -597,7 +689,7 @@ def test_two_processes_equal_one(saved, tmp_path, dtype):
     assert (one.trained, one.gap, one.tokens, one.config) == (two.trained, two.gap, two.tokens, two.config)
     assert two.peak > 0 and two.seconds > 0
     for name in ("loss", "kl", "hidden", "agreement", "grad_norm", "grad_kl", "grad_hidden"):
-        assert two.history[name].tolist() == pytest.approx(one.history[name].tolist(), rel=1e-4), name
+        assert two.history[name].tolist() == pytest.approx(one.history[name].tolist(), rel=1e-4, nan_ok=True), name
     ours, theirs = (weights(student) for student in students)
     assert ours.keys() == theirs.keys() and all(torch.allclose(ours[k], theirs[k], atol=1e-5) for k in ours)
     assert not same(theirs, weights(loaded_pair(saved, dtype)[0]))

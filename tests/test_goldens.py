@@ -91,7 +91,8 @@ def record_distill() -> dict:
     """Losses of eight steps, with the defaults and with the paper's."""
     out = {}
     for name, config in {
-        "default": DistillConfig(batch_size=2, tokens=8 * 2 * 48),
+        "default": DistillConfig(batch_size=2, tokens=8 * 2 * 48, local_tokens=8 * 2 * 48),
+        "joint": DistillConfig(hidden_weight=1.0, local_tokens=0, tokens=8 * 8 * 48),
         "sampled": DistillConfig(batch_size=4, micro_batch=2, tokens=8 * 4 * 48, kl_positions=12, scope="neighbours"),
         "paper": DistillConfig.paper(batch_size=2, tokens=8 * 2 * 48),
     }.items():
@@ -101,6 +102,7 @@ def record_distill() -> dict:
         history = result.history.drop(columns=["seconds", "tokens_per_second"])
         out[name] = {
             "trained": result.trained,
+            "stage": history.pop("stage").tolist(),
             **{c: [None if v != v else v for v in history[c].astype(float)] for c in history},
         }
     return out

@@ -23,7 +23,7 @@ class DistillConfig:
     Raises DistillError where a field asks for something impossible.
     """
 
-    scope: str | tuple[int, ...] = "window(2)"
+    scope: str | tuple[int, ...] = "window(3)"
     """Layers that train: "neighbours" (the one below and the one above each gap), "window(k)" (k on each
     side), "suffix" (all above the lowest gap, earlier removals' included), "suffix(k)" (and k below it),
     "all", or layer ids."""
@@ -38,8 +38,9 @@ class DistillConfig:
 
     hidden_loss: HiddenLoss = "relative_mse"
     """"mse" (the paper), "relative_mse" (over the teacher's squared norm, token by token) or "cosine"."""
-    hidden_weight: float = 1.0
-    """Weight of the hidden-state loss, after the last layer that trains and after the last; 0 leaves it out."""
+    hidden_weight: float = 0.0
+    """Weight of the hidden-state loss, after the last layer that trains and after the last, beside the divergence; 0
+    leaves it out (the local stage has it whatever this says)."""
 
     ce_weight: float = 0.0
     """Weight of the cross entropy with the data's own next tokens."""
@@ -49,12 +50,18 @@ class DistillConfig:
 
     tokens: int | None = None
     """Tokens to train on, passing over the text as often as needed; None is one pass."""
-    batch_size: int = 4
+    local_tokens: int | None = None
+    """Tokens of a stage before that: each run of neighbouring layers that train learns to give the teacher's hidden
+    state after it, by `hidden_loss`. Nothing above the highest of them runs, so a token costs a fraction. None is one
+    pass over the text; 0 leaves it out."""
+    local_rate: float = 2e-3
+    """Peak learning rate of the local stage."""
+    batch_size: int = 8
     """Sequences in an optimizer step, over all processes."""
     micro_batch: int | None = None
     """Sequences in one forward pass of one process; gradients are accumulated. None is all of a process's."""
-    learning_rate: float = 2e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW. It and `local_rate` are right for SmolLM2-135M; wider models want lower ones."""
     warmup: float = 0.1
     """Part of the steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -69,6 +76,8 @@ class DistillConfig:
 
     def __post_init__(self):
         read_fields(self, DistillError)
+        if self.reduction == "paper" and self.local_tokens is None:  # the paper has no such stage
+            object.__setattr__(self, "local_tokens", 0)
         self.spec  # noqa: B018  (raises)
         if isinstance(self.scope, str):
             scope_parts(self.scope)
@@ -78,15 +87,21 @@ class DistillConfig:
             self._require(name, getattr(self, name) >= 0, "it cannot be negative")
         for name in ("batch_size", "tokens", "micro_batch", "kl_positions", "checkpoint_every"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "it must be at least 1")
-        self._require("learning_rate", self.learning_rate > 0, "it must be above 0")
+        self._require("local_tokens", self.local_tokens is None or self.local_tokens >= 0, "it cannot be negative")
+        for name in ("learning_rate", "local_rate"):
+            self._require(name, getattr(self, name) > 0, "it must be above 0")
         self._require("warmup", 0 <= self.warmup <= 1, "it is a part of the steps, from 0 to 1")
         self._require("clip", self.clip is None or self.clip > 0, "it must be above 0, or None")
         if self.reduction == "paper" and (
-            self.hidden_loss != "mse" or self.ce_weight or self.kl_positions or self.temperature != 1
+            self.hidden_loss != "mse"
+            or self.ce_weight
+            or self.kl_positions
+            or self.temperature != 1
+            or self.local_tokens != 0
         ):
             raise DistillError(
                 "reduction='paper' is the published loss to the letter: hidden_loss='mse', ce_weight=0, "
-                "temperature=1, kl_positions=None. For anything else use reduction='token'."
+                "temperature=1, kl_positions=None, local_tokens=0. For anything else use reduction='token'."
             )
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
@@ -99,7 +114,8 @@ class DistillConfig:
 
         Source: arXiv 2511.05085. KL and MSE run over padding too, so the loss depends on the batch size.
         """
-        return replace(cls(scope="neighbours", hidden_loss="mse", reduction="paper", learning_rate=1e-4), **changes)
+        published = {"scope": "neighbours", "hidden_loss": "mse", "reduction": "paper", "local_tokens": 0}
+        return replace(cls(**published, hidden_weight=1.0, learning_rate=1e-4), **changes)
 
     @property
     def spec(self) -> Divergence:

@@ -60,3 +60,17 @@ def match_points(config: DistillConfig, student: LayerStack, trained: Sequence[i
     the head, so it meets the teacher's last hidden state even where higher layers were removed.
     """
     return sorted({trained[-1], student.layer_ids[-1]}, key=student.position) if config.hidden_weight else []
+
+
+def runs(student: LayerStack, trained: Sequence[int]) -> dict[int, int]:
+    """Runs of layers that train and follow each other in the student: the last one's id -> the first one's position."""
+    found: dict[int, int] = {}
+    start = before = None
+    for layer_id in trained:
+        position = student.position(layer_id)
+        if before is not None and position == student.position(before) + 1:
+            del found[before]
+        else:
+            start = position
+        found[layer_id], before = start, layer_id
+    return found

@@ -16,6 +16,7 @@ from ildlab.distill.bottoms import BottomStore
 from ildlab.distill.config import DistillConfig
 from ildlab.distill.fused import fused_divergence
 from ildlab.distill.losses import hidden_distance
+from ildlab.distill.scope import runs
 from ildlab.model.capture import Trunk
 from ildlab.model.shared import shared_prefix
 from ildlab.model.stack import Batch, LayerStack
@@ -41,10 +42,11 @@ class DistillStep:
         self.first = student.position(trained[0])
         self.prefix = min(shared_prefix(student, teacher), self.first)
         last = student.layer_ids[-1]
-        # Point -> the teacher's depth whose hidden state it meets: after the layer of the same id.
+        # Layer id -> the teacher's depth whose hidden state it meets: after the layer of the same id.
         self.depth = {i: len(teacher) if i == last else teacher.position(i) + 1 for i in points}
         # The published formula adds both terms, even where the last trainable layer is the last layer.
         self.times = 2 if config.reduction == "paper" and len(points) == 1 else 1
+        self.ends = runs(student, trained)
         self.squares = torch.zeros(2, device=student.device)  # no copy to the host in a backward hook
         self.bottoms: BottomStore | None = None
 
@@ -100,6 +102,32 @@ class DistillStep:
             loss = loss + head_loss
         return loss, torch.cat([stats, torch.stack(distances)]) if distances else stats  # [3] + [points]
 
+    def local(self, batch: Batch, counts: Counts, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and statistics of a micro-batch in the local stage, as of `__call__`; its points are the runs' ends.
+
+        Each run of trained layers goes on from what the student has below it, which passes no gradient on.
+        """
+        student, config = self.student, self.config
+        batch = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+        depths = {
+            i: len(self.teacher) if i == student.layer_ids[-1] else self.teacher.position(i) + 1 for i in self.ends
+        }
+        trunk, hidden, theirs = self._below(batch, rows, max(depths.values()), {*depths.values()})
+        mask = batch.get("attention_mask")
+        mask = torch.ones(hidden.shape[:2]) if mask is None else mask.float()  # [B, T]
+        loss, distances, at = torch.zeros((), device=hidden.device), [], self.first
+        for layer_id, start in self.ends.items():
+            with torch.no_grad():
+                hidden = _through(student, trunk, hidden, at, start)[start]  # frozen layers between two runs
+            at = student.position(layer_id) + 1
+            hidden = _through(student, trunk, hidden.detach(), start, at)[at]  # [B, T, d]
+            seen = self._watched(hidden, 1)
+            distance = hidden_distance(seen, theirs[depths[layer_id]], config.hidden_loss)  # [B, T, d] -> [B, T]
+            total = (distance * mask.to(distance.device)).sum()
+            loss = loss + total.to(loss.device) / counts.hidden
+            distances.append(total.detach().to(loss.device))
+        return loss, torch.cat([torch.zeros(3, device=loss.device), torch.stack(distances)])  # [3] + [runs]
+
     def _head(
         self, final: Tensor, target: Tensor, ids: Tensor, mask: Tensor, positions: Tensor | None, counts: Counts
     ):
@@ -133,16 +161,23 @@ class DistillStep:
 
     def _hidden(self, batch: Mapping[str, Tensor], rows: Tensor | None) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """Hidden states [B, T, d] by depth: the student's that train, the teacher's that they meet."""
-        student, teacher, prefix = self.student, self.teacher, self.prefix
-        trunk, their_trunk = student.trunk(batch), teacher.trunk(batch)
-        with torch.no_grad():
-            upper = self._bottom("shared", rows, teacher, their_trunk, their_trunk.h0, 0, prefix)  # [B, T, d]
-            # Without a layer in common, the embeddings may differ too.
-            hidden = upper if prefix else trunk.h0  # [B, T, d]
-            hidden = self._bottom("student", rows, student, trunk, hidden, prefix, self.first)
-            theirs = _through(teacher, their_trunk, upper, prefix, len(teacher), {*self.depth.values()})
+        student = self.student
+        trunk, hidden, theirs = self._below(batch, rows, len(self.teacher), {*self.depth.values()})
         wanted = {student.position(i) + 1 for i in self.depth}
         return _through(student, trunk, hidden.detach(), self.first, len(student), wanted), theirs
+
+    @torch.no_grad()
+    def _below(
+        self, batch: Mapping[str, Tensor], rows: Tensor | None, end: int, depths: Set[int]
+    ) -> tuple[Trunk, Tensor, dict[int, Tensor]]:
+        """The student's trunk and hidden state [B, T, d] below what trains; the teacher's, up to depth `end`, by depth."""
+        student, teacher, prefix = self.student, self.teacher, self.prefix
+        trunk, their_trunk = student.trunk(batch), teacher.trunk(batch)
+        upper = self._bottom("shared", rows, teacher, their_trunk, their_trunk.h0, 0, prefix)  # [B, T, d]
+        # Without a layer in common, the embeddings may differ too.
+        hidden = upper if prefix else trunk.h0  # [B, T, d]
+        hidden = self._bottom("student", rows, student, trunk, hidden, prefix, self.first)
+        return trunk, hidden, _through(teacher, their_trunk, upper, prefix, end, depths)
 
     def _bottom(
         self, name: str, rows: Tensor | None, stack: LayerStack, trunk: Trunk, hidden: Tensor, start: int, end: int

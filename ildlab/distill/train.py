@@ -18,7 +18,7 @@ from ildlab.distill.batches import GlobalBatch, global_batch
 from ildlab.distill.checkpoint import identity, load_checkpoint, save_checkpoint
 from ildlab.distill.config import DistillConfig, DistillResult
 from ildlab.distill.masters import Masters, peak_memory, reset_peak_memory
-from ildlab.distill.scope import match_points, resolve_scope
+from ildlab.distill.scope import match_points, resolve_scope, runs
 from ildlab.distill.step import DistillStep
 from ildlab.errors import DistillError, NotFiniteError
 from ildlab.files import write_atomic
@@ -115,6 +115,7 @@ class Plan:
     gaps: list[int]
     trained: list[int]
     points: list[int]
+    local_points: list[int]
 
     @classmethod
     def of(cls, student: LayerStack, teacher: LayerStack, blocks: Any, config: DistillConfig | None, gap) -> Plan:
@@ -138,7 +139,7 @@ class Plan:
                 f"The weights of layers {elsewhere} are offloaded (device_map): they can be measured, but not trained. "
                 "Load the model without device_map, or with these layers on a device."
             )
-        return cls(config, text, gaps, trained, points)
+        return cls(config, text, gaps, trained, points, list(runs(student, trained)))
 
     def check_processes(self, count: int) -> None:
         """Raise DistillError where the global batch cannot be shared by so many processes."""
@@ -151,9 +152,19 @@ class Plan:
         return self.config.batch_size * self.text.tokens.shape[1]
 
     @property
+    def local_steps(self) -> int:
+        """Optimizer steps of the local stage."""
+        tokens = self.config.local_tokens
+        return math.ceil((self.text.tokens.numel() if tokens is None else tokens) / self.step_tokens)
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps."""
-        return math.ceil((self.config.tokens or self.text.tokens.numel()) / self.step_tokens)
+        """Optimizer steps in all."""
+        return self.local_steps + math.ceil((self.config.tokens or self.text.tokens.numel()) / self.step_tokens)
+
+    def points_at(self, step: int) -> list[int]:
+        """Layer ids after which hidden states are matched in a step."""
+        return self.local_points if step < self.local_steps else self.points
 
     def result(self, history: list[dict], seconds: float, peak: int) -> DistillResult:
         """What this plan came to."""
@@ -203,6 +214,8 @@ class Trainer:
         Raises NotFiniteError before the update, so that a bad step changes nothing, with the last good weights.
         """
         config, masters = self.plan.config, self.masters
+        if batch.step == self.plan.local_steps:  # what Adam knows of the local loss says nothing of the other
+            self.optimizer.state.clear()
         sums = self._accumulate(batch)  # [6 + points]
         norm = torch.nn.utils.clip_grad_norm_(masters.tensors, config.clip or math.inf)
         values = torch.cat([sums, norm.float()[None].to(sums.device)]).tolist()  # [7 + points]; the one host sync
@@ -212,7 +225,7 @@ class Trainer:
         if batch.step % SNAPSHOT == 0:
             self.good = []  # freed first, so that there is one copy at a time
             self.good = masters.copy()
-        rate = learning_rate(config, batch.step, self.plan.steps)
+        rate = learning_rate(self.plan, batch.step)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -231,7 +244,10 @@ class Trainer:
         for part in batch.parts(self.state.process_index, self.state.num_processes, self.plan.config.micro_batch):
             rows = batch.rows[part]  # [B]
             positions = batch.positions[part] if batch.positions is not None else None  # [B, P]
-            loss, stats = self.loss(self.plan.text.batch(rows), batch.counts, positions, rows)
+            if batch.step < self.plan.local_steps:
+                loss, stats = self.loss.local(self.plan.text.batch(rows), batch.counts, rows)
+            else:
+                loss, stats = self.loss(self.plan.text.batch(rows), batch.counts, positions, rows)
             loss.backward()
             self.masters.gather()
             sums = sums + torch.cat([loss.detach()[None], stats.detach()])  # [1] + [3 + points]
@@ -252,31 +268,38 @@ def _processes(device: torch.device):
     return PartialState(**({"cpu": True} if device.type == "cpu" and not is_initialized() else {}))
 
 
-def learning_rate(config: DistillConfig, step: int, total: int) -> float:
-    """Learning rate of a step, counted from 0: a linear rise, then the schedule."""
+def learning_rate(plan: Plan, step: int) -> float:
+    """Learning rate of a step, counted from 0: in each stage a linear rise, then the schedule."""
+    config, local = plan.config, plan.local_steps
+    step, total, peak = step - local, plan.steps - local, config.learning_rate
+    if step < 0:
+        step, total, peak = step + local, local, config.local_rate
     rising = max(1, round(config.warmup * total))
     if step < rising:
-        return config.learning_rate * (step + 1) / rising
+        return peak * (step + 1) / rising
     gone = (step - rising) / max(1, total - rising)
     falls = {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}
-    return config.learning_rate * falls[config.schedule]
+    return peak * falls[config.schedule]
 
 
 def _record(batch: GlobalBatch, values: list[float], plan: Plan, rate: float, seconds: float) -> dict:
     """A step's record; a term that is not part of the loss was not computed, and is None."""
-    config, counts, points = plan.config, batch.counts, plan.points
+    config, counts = plan.config, batch.counts
+    local = batch.step < plan.local_steps
+    points = plan.points_at(batch.step)
     loss, kl, ce, agree, *distances, square_kl, square_hidden, norm = values
     grad_kl, grad_hidden = math.sqrt(square_kl), math.sqrt(square_hidden)
     tokens = (batch.step + 1) * plan.step_tokens
     return {
         "step": batch.step + 1,
+        "stage": "local" if local else "joint",
         "tokens": tokens,
         "loss": loss,
-        "kl": kl / counts.kl if config.kl_weight else None,
+        "kl": kl / counts.kl if config.kl_weight and not local else None,
         "hidden": sum(distances) / counts.hidden if points else None,
         **{f"hidden_{i}": d / counts.hidden for i, d in zip(points, distances, strict=True)},
-        "ce": ce / counts.ce if config.ce_weight else None,
-        "agreement": agree / counts.kl if config.kl_weight else None,
+        "ce": ce / counts.ce if config.ce_weight and not local else None,
+        "agreement": agree / counts.kl if config.kl_weight and not local else None,
         "grad_norm": norm,
         "grad_kl": grad_kl,
         "grad_hidden": grad_hidden,
@@ -295,14 +318,15 @@ def step_note(record: Mapping[str, Any]) -> str:
 
 def _not_finite(step: int, values: list[float], plan: Plan) -> str:
     _, kl, ce, _, *distances, _, _, _ = values
-    bad = [i for i, d in zip(plan.points, distances, strict=True) if not math.isfinite(d)]
+    lower = f"lower {'local_rate' if step < plan.local_steps else 'learning_rate'}"
+    bad = [i for i, d in zip(plan.points_at(step), distances, strict=True) if not math.isfinite(d)]
     if bad:
-        cause = f"the hidden states after layers {bad} overflowed: lower learning_rate, or load in bf16 or fp32"
+        cause = f"the hidden states after layers {bad} overflowed: {lower}, or load in bf16 or fp32"
     elif not math.isfinite(kl + ce):
-        cause = "the logits overflowed (logit scaling): lower learning_rate, or load in bf16 or fp32, not fp16"
+        cause = f"the logits overflowed (logit scaling): {lower}, or load in bf16 or fp32, not fp16"
     else:
-        cause = "only the gradient did: lower learning_rate, set clip, or raise temperature"
+        cause = f"only the gradient did: {lower}, set clip, or raise temperature"
     return (
-        f"The loss stopped being finite at step {step + 1} (learning rate {plan.config.learning_rate:g}); most likely "
+        f"The loss stopped being finite at step {step + 1} (learning rate {learning_rate(plan, step):.3g}); most likely "
         f"{cause}. Weights of at most {SNAPSHOT} steps earlier are kept."
     )
