@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ildlab import plots
@@ -120,6 +121,50 @@ def test_importance_by_iteration_keeps_layer_ids(scores):
     assert grid.mask.nonzero()[0].tolist() == [1, 2, 2] and grid.mask.nonzero()[1].tolist() == [5, 5, 9]
     assert len([p for p in ax.patches if p.get_hatch()]) == 3
     assert [t.get_position() for t in ax.texts] == [(5, 0), (9, 1)]
+
+
+@pytest.fixture
+def kinds():
+    """Of two kinds, layer 3 gone: prose (8 nats, least: 2) and copies (a hundredth of it, least: 5)."""
+    x = np.array([[8.0, 9.0, 4.0, 8.0, 8.0], [10.0, 9.0, 4.0, 8.0, 8.0], [0.06, 0.08, 0.12, 1.6, 0.04]])
+    ids, of = [0, 1, 2, 4, 5], ["prose", "prose", "copies"]
+    return LayerScores.from_samples("kl", "a mix", ids, x, np.ones(3), kinds=of)
+
+
+def test_importance_by_kind_is_each_kinds_own_over_its_median(kinds):
+    ax = plots.importance_by_kind(kinds)
+    grid = ax.images[0].get_array()
+    assert grid.shape == (2, 6) and [t.get_text() for t in ax.get_yticklabels()] == ["prose", "copies"]
+    assert np.argwhere(np.ma.getmaskarray(grid)).tolist() == [[0, 3], [1, 3]]
+    assert len([p for p in ax.patches if p.get_hatch()]) == 2
+    for row, kind in enumerate(("prose", "copies")):
+        alone = kinds.of_kind(kind).table["score"]
+        assert grid[row].compressed() == pytest.approx(alone.to_numpy() / alone.median())
+    assert [(t.get_text(), t.get_position()) for t in ax.texts] == [("▼", (2, 0)), ("▼", (5, 1))]
+    assert isinstance(ax.images[0].norm, LogNorm)  # copies range from 0.5 to 20 of their median
+    figure = Figure()
+    mine = figure.add_subplot()
+    assert plots.importance_by_kind(kinds, mine) is mine
+
+
+def test_a_kind_is_plain_text_whatever_it_is_called():
+    x, of = [[1.0, 2.0, 4.0], [1.0, 2.0, 3.0]], ["$\\alpha$", r"$\no{$"]
+    ax = plots.importance_by_kind(LayerScores.from_samples("kl", "a mix", range(3), x, np.ones(2), kinds=of))
+    plots.to_png(ax)
+    assert [t.get_text() for t in ax.get_yticklabels()] == of
+
+
+def test_scores_of_one_kind_have_no_kinds_to_draw(scores):
+    with pytest.raises(ValueError, match="no kinds of text"):
+        plots.importance_by_kind(scores)
+
+
+def test_the_unit_of_several_kinds_is_no_nats(kinds):
+    unit = "kl, of each kind's median layer"
+    assert plots.importance(kinds).get_ylabel() == unit
+    assert "nats/token" in plots.importance(kinds.of_kind("copies")).get_ylabel()
+    pair = plots.metric_scatter(kinds, kinds.of_kind("prose"))
+    assert pair.get_xlabel() == unit and "nats/token" in pair.get_ylabel()
 
 
 def test_loss_curves_keeps_kl_and_mse_apart():

@@ -134,6 +134,27 @@ def test_display_marks_the_least(small, tokens):
     assert "split-half" in page
 
 
+def test_display_has_a_column_of_each_kind():
+    x = [[8.0, 9.0, 4.0, 8.0], [10.0, 9.0, 4.0, 8.0], [0.06, 0.08, 1.6, 0.04], [1.0, 2.0, 3.0, 4.0]]
+    scores = made(x, kinds=["prose", "prose", "<b>", "n"])
+    np.testing.assert_allclose(scores.per_kind.mean(axis=1), scores.table.score)
+    page = scores._repr_html_()
+    heads = re.findall(r"<th [^>]*col_heading[^>]*>(.*?)</th>", page)
+    assert heads == ["score", "interval", "n", "prose", "&lt;b&gt;", "n (text)", ""]
+    cells = dict.fromkeys(scores.layer_ids)
+    for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)[2:]:
+        layer_id = int(re.search(r"<th [^>]*>(\d+)</th>", row)[1])
+        cells[layer_id] = re.findall(r"<td [^>]*>(.*?)</td>", row)[3:6]
+    # Medians: prose (9, 9, 4, 8) 8.5; <b> 0.07; n 2.5.
+    assert cells == {
+        10: ["1.06", "0.857", "0.4"],
+        11: ["1.06", "1.14", "0.8"],
+        12: ["0.471", "22.9", "1.2"],
+        13: ["0.941", "0.571", "1.6"],
+    }
+    assert "median layer" in page and "median layer" not in made(x)._repr_html_()
+
+
 # -------------------------------------------------------------------- refusals
 
 

@@ -8,14 +8,16 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from ildlab.errors import SessionError
+from ildlab.importance.scores import LayerScores
 from ildlab.plots.canvas import contrast
 from ildlab.progress import Progress
 from ildlab.session.session import PruningSession
-from ildlab.widgets.figures import FIGURES
+from ildlab.widgets.figures import FIGURES, OF_KINDS
 from ildlab.widgets.stepper import Stepper
 from ildlab.widgets.strip import shade
 from ildlab.widgets.worker import Worker
@@ -222,6 +224,64 @@ def test_every_figure_and_its_code(stepper, session, tmp_path):
         exec("\n".join(lines), namespace)
         assert eval(last, namespace)._repr_html_() == figure, kind
         namespace["session"].close()
+
+
+def mixed(first: str, second: str) -> LayerScores:
+    """Scores of six layers on two kinds of text: layer 2 is the least important, but 3 on the second kind alone."""
+    x = [[8.0, 8.0, 1.0, 8.0, 8.0, 8.0]] * 2 + [[0.04, 0.04, 0.04, 0.02, 0.04, 0.04]] * 2
+    return LayerScores.from_samples("kl", "a mix", range(6), x, np.ones(4), kinds=[first] * 2 + [second] * 2)
+
+
+def journal(session, scores):
+    session.append("measure", args={"metric": "kl"}, result={"scores": scores.to_dict()}, seed=0)
+
+
+def test_one_kind_of_text_is_shown_and_all_of_them_suggest(stepper, session):
+    view, cells = stepper.kind_of_text.view, stepper.strip.cells
+    stepper.measure.click()
+    assert view.layout.display == "none" and stepper.figure_kind.options == tuple(FIGURES)
+    journal(session, mixed("prose", "copies"))
+    stepper.refresh()
+    assert view.layout.display is None and view.options == ("all kinds", "prose", "copies")
+    figure, cell = stepper.figure.value, cells[3].description
+    stepper.draw.click()  # a figure kept from before a choice is not what it asks for
+    view.value = "copies"
+    assert stepper.failed is None and stepper.figure.value != figure
+    assert "importance(session, kind=&#x27;copies&#x27;)" in stepper.code.value
+    assert stepper._drawn.data["score"].tolist() == pytest.approx([0.04, 0.04, 0.04, 0.02, 0.04, 0.04])
+    assert cells[3].description == "3\n0.02" != cell and cells[2].description == "2▼\n0.04"
+    stepper.strip.select(3)
+    assert "On copies alone: kl 0.02 [" in stepper.about.value
+    stepper.suggest.click()
+    assert stepper.strip.selected == 2 and view.value == "copies"
+    stepper._partial(mixed("prose", "copies"))  # while it is measured
+    assert cells[3].description == "3\n0.02" and "▼" in cells[2].description
+    stepper._partial(mixed("prose", "lists"))  # no copies yet
+    assert cells[3].description == cell
+    view.value = "all kinds"
+    assert stepper.figure.value == figure and cells[3].description == cell and "alone" not in stepper.about.value
+    stepper.figure_kind.value = "redundancy"
+    stepper.draw.click()
+    heavy = stepper.figure.value
+    view.value = "prose"  # what ran the model has nothing to do with it
+    assert 'alt="' in heavy and stepper.figure.value == heavy
+
+
+def test_kinds_that_are_gone_are_not_offered(stepper, session):
+    (name,) = OF_KINDS
+    journal(session, mixed("prose", "copies"))
+    stepper.refresh()
+    stepper.figure_kind.value, stepper.kind_of_text.view.value = name, "copies"
+    stepper.draw.click()
+    assert "by kind of text" in stepper.figure.value and list(stepper._drawn.data) == ["prose", "copies"]
+    journal(session, mixed("lists", "copies"))
+    stepper.refresh()
+    assert stepper.kind_of_text.chosen == "copies" and stepper.figure_kind.value == name
+    assert list(stepper._drawn.data) == ["lists", "copies"]
+    stepper.measure.click()  # on plain text
+    assert stepper.kind_of_text.chosen is None and stepper.kind_of_text.view.layout.display == "none"
+    assert stepper.figure_kind.options == tuple(FIGURES) and stepper.figure_kind.value == "importance"
+    assert "Importance (block_influence)" in stepper.figure.value and stepper.failed is None
 
 
 def test_controls_start_at_the_settings_of_the_run(tmp_path, tiny_folder, text_file):

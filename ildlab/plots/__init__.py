@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "canvas": _CANVAS.split(),
-        "scores": ["importance", "importance_by_iteration", "metric_scatter", "profile_beside"],
+        "scores": "importance importance_by_iteration importance_by_kind metric_scatter profile_beside".split(),
         "states": ["redundancy_heatmap", "block_triangle", "drift_by_layer", "token_drift_map", "logit_lens_map"],
         "curves": ["loss_curves", "quality", "methods", "task_panels", "branches"],
     },

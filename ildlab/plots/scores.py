@@ -29,6 +29,11 @@ from ildlab.plots.canvas import (
 )
 
 
+def unit_of(scores: Any) -> str:
+    """Axis label of scores: their metric's, but of several kinds of text each is in units of its median layer."""
+    return f"{scores.metric}, of each kind's median layer" if scores.kinds else label_of(scores.metric)
+
+
 def importance(
     scores: Any,
     chosen: int | None = None,
@@ -78,7 +83,7 @@ def importance(
     ax.set_xlim(-0.7, top + 0.7)
     ax.xaxis.set_major_locator(MaxNLocator(36, integer=True))
     ax.set_xlabel("layer id")
-    ax.set_ylabel(label_of(scores.metric))
+    ax.set_ylabel(unit_of(scores))
     handles = [Patch(facecolor=BLUE, label="score, with its interval")]
     handles.append(Patch(facecolor=VERMILLION, edgecolor="white", hatch="///", label=f"layer {chosen}: to be removed"))
     handles += [removed_key()] if gone else []
@@ -103,7 +108,7 @@ def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: A
     top = max([int(t.index.max()) + 1 for t in tables] + [i + 1 for i in removed])
     grid = pd.DataFrame(tables).reindex(columns=range(top)).to_numpy(float)  # [iterations, layers]
     ax = new_axes(ax, 8.5, 1.4 + 0.36 * len(tables))
-    image = heatmap(ax, grid, label_of(scores[-1].metric), origin="upper")
+    image = heatmap(ax, grid, unit_of(scores[-1]), origin="upper")
     for row, layer_id in np.argwhere(np.isnan(grid)):
         hatch(ax, layer_id, row, "xxxx", None)
     for row, layer_id in enumerate(removed[: len(tables)]):
@@ -112,6 +117,33 @@ def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: A
     ax.set_yticks(range(len(tables)), [str(i + 1) for i in range(len(tables))])
     ax.set_xlabel("layer id (× removed in this iteration, hatched: removed before)")
     ax.set_ylabel("iteration")
+    return ax
+
+
+def importance_by_kind(scores: Any, ax: Axes | None = None) -> Axes:
+    """Heatmap of importance by kind of text and layer id, each kind in units of its own median layer.
+
+    The least important layer of each kind is marked "▼"; layers that were not scored are hatched.
+
+    Parameters
+    ----------
+    scores : LayerScores
+        Measured on a text of several kinds, such as ``"mix"``.
+    """
+    if not scores.kinds:
+        raise ValueError('These scores tell no kinds of text: measure on several, such as load_text("mix", ...).')
+    table = scores.per_kind
+    grid = table.reindex(range(int(table.index.max()) + 1)).to_numpy(float).T  # [kinds, layers]
+    ax = new_axes(ax, 8.5, 1.4 + 0.36 * len(grid))
+    image = heatmap(ax, grid, unit_of(scores), origin="upper")
+    for row, layer_id in np.argwhere(np.isnan(grid)):
+        hatch(ax, layer_id, row, "xxxx", None)
+    for row, layer_id in enumerate(table.loc[scores.finalists].idxmin()):
+        in_cell(image, layer_id, row, grid[row, layer_id], "▼", 9)
+    ax.xaxis.set_major_locator(MaxNLocator(36, integer=True))
+    ax.set_yticks(range(len(grid)), [*table.columns], parse_math=False)
+    ax.set_xlabel("layer id (▼ least important on this kind, hatched: not scored)")
+    ax.set_ylabel("kind of text")
     return ax
 
 
@@ -135,8 +167,8 @@ def metric_scatter(scores_a: Any, scores_b: Any, ax: Axes | None = None) -> Axes
     words = f"Spearman ρ = {pair['a'].corr(pair['b'], method='spearman'):.2f}\n{len(pair)} layers"
     ax.text(0.02, 0.98, words, transform=ax.transAxes, va="top", color=TEXT, fontsize=9)
     ax.margins(0.1)
-    ax.set_xlabel(label_of(scores_a.metric))
-    ax.set_ylabel(label_of(scores_b.metric))
+    ax.set_xlabel(unit_of(scores_a))
+    ax.set_ylabel(unit_of(scores_b))
     legend(ax, loc="lower right")
     return ax
 

@@ -11,6 +11,7 @@ from ildlab.distill.config import DistillConfig
 from ildlab.importance.config import METRICS
 from ildlab.session.config import SessionConfig
 from ildlab.widgets.figures import FIGURES
+from ildlab.widgets.kinds import KindOfText
 from ildlab.widgets.strip import Strip
 
 LOSSES = {
@@ -90,11 +91,13 @@ class Controls:
 
     def _figures(self) -> w.Widget:
         self.figure_kind = w.Dropdown(options=list(FIGURES), description="figure")
+        self.kind_of_text = KindOfText()
         self.text = w.Textarea(value=PROMPT, rows=2, description="text", layout=WIDE)
         self.draw, self.save = _button("Draw"), _button("Save")
         self.save_as = w.Dropdown(options=["PNG", "SVG", "CSV"], description="save as", layout=w.Layout(width="180px"))
         self.figure, self.code = w.HTML(), _html()
-        return _rows(self.figure_kind, self.figure, self.text, [self.draw, self.save_as, self.save], self.code)
+        which, out = [self.figure_kind, self.kind_of_text.view], [self.draw, self.save_as, self.save]
+        return _rows(which, self.figure, self.text, out, self.code)
 
 
 def _rows(*rows: Any) -> w.VBox:

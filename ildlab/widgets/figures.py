@@ -27,11 +27,23 @@ _IMPORTS = {
 }
 
 
-def importance(session):
+def importance(session, kind=None):
     scores = session.latest_scores
+    # One kind alone is shown, and all of them decide.
+    least, tied = scores.least_important, [] if kind else scores.tied[1:]
+    shown = scores.of_kind(kind) if kind else scores
     gone = [i for i in session.removed if i not in scores.table.index]
-    axes = plots.importance(scores, chosen=scores.least_important, removed=gone, tied=scores.tied[1:])
-    return axes, scores.table, f"Importance ({scores.metric}) of each layer, least: {scores.least_important}."
+    axes = plots.importance(shown, chosen=least, removed=gone, tied=tied)
+    if kind:
+        axes.set_xlabel(f"layer id (scores on {kind} alone)", parse_math=False)
+    on = f" on {kind} alone, least on all kinds" if kind else ", least"
+    return axes, shown.table, f"Importance ({scores.metric}) of each layer{on}: {least}."
+
+
+def importance_by_kind(session):
+    scores = session.latest_scores
+    alt = f"Importance ({scores.metric}) of each layer by kind of text; least on all kinds: {scores.least_important}."
+    return plots.importance_by_kind(scores), scores.per_kind, alt
 
 
 def importance_by_iteration(session):
@@ -121,23 +133,35 @@ FIGURES = {
     "redundancy": Figure(redundancy_heatmap, heavy=True),
     "logit lens": Figure(logit_lens_map, heavy=True),
 }
+OF_KINDS = {"importance by kind of text": Figure(importance_by_kind, "measure")}  # where scores have kinds
+ALL = FIGURES | OF_KINDS
 
 
-def draw(name: str, session: Any, text: str, heavy: bool = False) -> Drawn:
-    """Draw one of `FIGURES`; those that run the model only with `heavy`."""
-    figure = FIGURES[name]
+def names_for(scores: Any) -> tuple[str, ...]:
+    """Names of the figures that there are with these `LayerScores` (or with None)."""
+    first, *rest = FIGURES
+    return (first, *(OF_KINDS if scores and scores.kinds else ()), *rest)
+
+
+def draw(name: str, session: Any, text: str, heavy: bool = False, kind: str | None = None) -> Drawn:
+    """Draw one of `ALL`; those that run the model only with `heavy`.
+
+    `text` and `kind` (of text, to show alone) are for those that take them.
+    """
+    figure = ALL[name]
     steps = session.steps if figure.any_branch else session.path
     if not any(step.action == figure.after for step in steps):
         return Drawn(note(f"Nothing to draw yet for “{name}”: {figure.after} first."))
-    texts = [text] if "text" in inspect.signature(figure.make).parameters else []
-    code = code_of(figure.make, session, texts)
+    taken = inspect.signature(figure.make).parameters
+    given = {k: v for k, v in {"text": text, "kind": kind}.items() if k in taken and v is not None}
+    code = code_of(figure.make, session, given)
     if figure.heavy and not heavy:
         return Drawn(note("This figure runs the model: press Draw."), code=code)
-    axes, data, alt = figure.make(session, *texts)
+    axes, data, alt = figure.make(session, **given)
     return Drawn(plots.to_html(axes, alt), axes, data, code)
 
 
-def code_of(make: Callable, session: Any, texts: list[str]) -> str:
+def code_of(make: Callable, session: Any, given: dict[str, str]) -> str:
     """A notebook cell that opens the run and draws the figure: the function itself, with what it imports."""
     source = inspect.getsource(make)
     imports = "\n".join(line for names, line in _IMPORTS.items() if re.search(rf"\b({names})\b", source))
@@ -150,7 +174,7 @@ session = PruningSession.open({str(session.folder.resolve())!r}, dtype={dtype!r}
 
 {source}
 
-axes, data, alt = {make.__name__}({", ".join(["session", *map(repr, texts)])})
+axes, data, alt = {make.__name__}({", ".join(["session", *(f"{k}={v!r}" for k, v in given.items())])})
 plots.show(axes, alt)"""
 
 

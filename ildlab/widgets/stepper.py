@@ -59,6 +59,7 @@ class Stepper(Controls):
         self.pause.on_click(lambda _: self._pause())
         self.metric.observe(lambda _: self._forecast(), names="value")
         self.figure_kind.observe(lambda _: self._show_figure(), names="value")
+        self.kind_of_text.on_choose(self._show_kind)
         self.refresh()
 
     def _do(self, action: Callable[[], str | Work[str | None]], button: Button) -> None:
@@ -84,11 +85,10 @@ class Stepper(Controls):
         session = self.session
         here, scores = session.student.layer_ids, session.scores
         self._off &= set(here)
-        suggested = scores.least_important if scores else None
+        self._offer(scores or session.latest_scores)
         if scores and not self.strip.chosen:
-            self.strip.suggest(suggested)
-        marks = {"off": self._off, "trained": session.trained, "suggested": suggested}
-        self.strip.show(scores or session.latest_scores, here=here, **marks)
+            self.strip.suggest(scores.least_important)
+        self._show_strip()
         self._forecast()
         self._describe()
         table = session.history().drop(columns=["kl_undistilled"]).dropna(axis=1, how="all")
@@ -102,9 +102,32 @@ class Stepper(Controls):
         if self._static is not None:
             self._static.update(self._as_it_stands())
 
+    def _offer(self, scores: Any) -> None:
+        """Offer what these scores, the latest, can show."""
+        self.kind_of_text.offer(scores)
+        names = figures.names_for(scores)
+        if names != self.figure_kind.options:  # new ones select the first
+            kept = self.figure_kind.value
+            self.figure_kind.options = names
+            self.figure_kind.value = kept if kept in names else names[0]
+
+    def _show_strip(self) -> None:
+        session, scores = self.session, self.session.scores
+        suggested = scores.least_important if scores else None  # by all kinds of text, whichever is shown
+        marks = {"off": self._off, "trained": session.trained, "suggested": suggested}
+        shown = self.kind_of_text.of(scores or session.latest_scores)
+        self.strip.show(shown, here=session.student.layer_ids, **marks)
+
+    def _show_kind(self) -> None:
+        self._show_strip()
+        self._describe()
+        self._show_figure()
+
     def _describe(self) -> None:
-        off = " Switched off in the what-if." if self.strip.selected in self._off else ""
-        self.about.value = note(layer_words(self.session, self.strip.selected) + off)
+        selected = self.strip.selected
+        words = layer_words(self.session, selected) + self.kind_of_text.words(self.session.scores, selected)
+        off = " Switched off in the what-if." if selected in self._off else ""
+        self.about.value = note(words + off)
 
     def _forecast(self) -> None:
         session = self.session
@@ -123,7 +146,7 @@ class Stepper(Controls):
             self._drawn = self._kept[2]
         else:
             try:
-                self._drawn = figures.draw(name, self.session, self.text.value)
+                self._drawn = figures.draw(name, self.session, self.text.value, kind=self.kind_of_text.chosen)
             except Exception as error:  # one figure that fails must not hide how the step itself ended
                 self.failed = error
                 self._drawn = figures.Drawn(note(f"“{name}” could not be drawn: {error_words(error)}"))
@@ -163,7 +186,8 @@ class Stepper(Controls):
 
     def _partial(self, found: Any) -> None:
         if hasattr(found, "least_important"):
-            self.strip.show(found, here=self.session.student.layer_ids, suggested=found.least_important)
+            shown, here = self.kind_of_text.of(found), self.session.student.layer_ids
+            self.strip.show(shown, here=here, suggested=found.least_important)
         elif isinstance(found, dict) and "kl" in found:
             self._live.append(found)
             start = time.perf_counter()
@@ -254,8 +278,9 @@ class Stepper(Controls):
     def _draw(self) -> Work[str]:
         name = self.figure_kind.value
         yield Progress(0, 1)
-        drawn = figures.draw(name, self.session, self.text.value, heavy=True)
-        self._kept = (name, self.session.journal.head.step, drawn)
+        drawn = figures.draw(name, self.session, self.text.value, heavy=True, kind=self.kind_of_text.chosen)
+        if figures.ALL[name].heavy:  # the others cost little, and change with the kind of text
+            self._kept = (name, self.session.journal.head.step, drawn)
         return f"Drawn: {name}."
 
     def _save(self) -> str:
