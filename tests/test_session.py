@@ -98,16 +98,17 @@ def test_whole_run(make):
 
 def test_prune_only_then_one_final_distillation(make):
     session = make()
-    final = {"tokens": 40 * 32, "learning_rate": 2e-3}
+    final = {"tokens": 40 * 32, "local_tokens": 48 * 32, "learning_rate": 2e-3}
     table = session.run(target_layers=4, distill=False, final=final)
     actions = [s.action for s in session.steps if s.action in ("measure", "remove", "distill", "evaluate")]
     assert actions == ["evaluate"] + 2 * ["measure", "remove", "evaluate"] + ["distill", "evaluate"]
     (step,) = [s for s in session.steps if s.action == "distill"]
     assert step.args["gap"] == session.removed and step.args["config"]["learning_rate"] == 2e-3
     # It draws more text than the run's train_tokens, and trains around every gap.
-    assert step.result["tokens"] == 40 * 32 > session.config.train_tokens
-    assert session.text("train", tokens=40 * 32).n_tokens == 40 * 32
-    assert step.args["trained"] == resolve_scope("window(2)", session.student, session.removed)
+    assert step.result["tokens"] == 88 * 32  # of both stages
+    assert session.text("train", tokens=48 * 32).n_tokens == 48 * 32 > session.config.train_tokens
+    assert step.result["text"]["fingerprint"] == session.text("train", tokens=48 * 32).fingerprint
+    assert step.args["trained"] == resolve_scope("window(3)", session.student, session.removed)
     assert table["perplexity"].iloc[-1] < table["perplexity_undistilled"].iloc[-1]
     # The journal says that it is done: the same run has nothing left to do.
     before = len(session.steps)
@@ -115,9 +116,40 @@ def test_prune_only_then_one_final_distillation(make):
     assert len(session.steps) == before
 
 
+def test_tasks_are_scored_at_the_start_and_the_end_alone(make):
+    session = make(suite="mini7@1", metric="block_influence")
+    final = {"tokens": 4 * 32, "local_tokens": 4 * 32}
+    table = session.run(4, distill=False, final=final, suite_each=False)
+    judged = [step for step in session.steps if step.action == "evaluate"]
+    assert [step.args["suite"] for step in judged] == ["mini7@1", None, None, "mini7@1"]
+    found = [step.result["evaluation"] for step in judged]
+    assert [each["canaries"] is not None for each in found] == [True, False, False, True]
+    assert [each["tokens_per_second"] is not None for each in found] == [True, False, False, True]
+    assert table["loss"].notna().tolist() == [True, False, True]  # by tasks, and by nothing else
+    assert table["aggregate"].notna().tolist() == [True, False, True]
+    pruned = make("pruned", suite="mini7@1", metric="block_influence")
+    assert pruned.run(4, distill=False, suite_each=False)["loss"].notna().tolist() == [True, False, True]
+    each = make("each", suite="mini7@1", metric="block_influence")
+    assert each.run(5, suite_each=False)["loss"].notna().tolist() == [True, True]
+    for wrong in ({"max_loss": 0.5}, {"max_loss": 0.5, "target_layers": 3}):
+        with pytest.raises(SessionError, match="suite_each|target_layers"):
+            session.run(**wrong, suite_each=False)
+
+
+def test_a_run_on_text_of_many_kinds(make):
+    session = make(text="mix", block=128, calibration_tokens=12 * 128, train_tokens=24 * 128, eval_tokens=6 * 128)
+    scores = session.measure(positions=8)
+    assert scores.kinds.count("copies") == 2 and session.scores.of_kind("copies").kinds == ()
+    session.remove()
+    session.distill(tokens=8 * 128, local_tokens=8 * 128)
+    kept = session.scores_at(1)  # as the journal has them
+    assert kept.details["medians"] == pytest.approx(scores.details["medians"], rel=1e-5) and kept.kinds == scores.kinds
+    assert session.losses()["stage"].tolist() == ["local", "joint"]
+
+
 def test_a_final_distillation_follows_those_of_each_step_and_resumes(make):
     session = make()
-    final = {"tokens": 16 * 32}
+    final = {"tokens": 16 * 32, "local_tokens": 0}
     work = session.run_steps(4, final=final)
     for progress in work:
         if "final distillation" in progress.note and progress.done > 1:
@@ -822,7 +854,7 @@ def test_two_processes_give_the_curve_of_one(make, monkeypatch):
     one, two = make("one"), make("two", processes=2)
     for session in (one, two):
         session.remove(2)
-        session.distill(tokens=4 * 4 * 32)
+        session.distill(tokens=4 * 4 * 32, local_tokens=0)
     assert launched == [2]  # one process is this one
     assert list(two.losses()["kl"]) == pytest.approx(list(one.losses()["kl"]), rel=1e-3)
     assert [session.journal.head.args.pop("processes") for session in (one, two)] == [1, 2]

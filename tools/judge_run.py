@@ -1,89 +1,87 @@
-"""Judge one run's student on held-out files: what was lost without distillation, and how much was won back.
+"""Judge students of runs on mini7 and on held-out files: what was lost, and how much of it was won back.
 
-    python tools/judge_run.py runs/six ../shared/heldout
+    python tools/judge_run.py ../shared/heldout runs/demo-1 [runs/another ...] [--layers 26 24]
 
-Three models: the teacher, the teacher without the removed layers (pruned only), and the run's student. Nats a
-token on the eval split of the training text (and of each of its sources) and on the second half of WikiText-2's
-validation text; accuracy on ARC-Easy and COPA. "Won back" is (pruned - student) / (pruned - teacher), in nats.
+Beside each student stand the teacher and the teacher without the same layers, never distilled. All of mini7; the second
+halves of the held-out sets (their mean, corrected for chance) and of WikiText-2's validation text, in bits per byte.
+"Won back" is (pruned - student) / (pruned - teacher), in nats a token.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 from pathlib import Path
 
+import heldout
 import pandas as pd
-from judge_students import unspaced
 
-from ildlab.evaluate.suites import Suite, score_suite
-from ildlab.evaluate.tasks import Task, read_jsonl
-from ildlab.evaluate.text_quality import evaluate
+from ildlab.evaluate.results import quality_loss
+from ildlab.evaluate.suites import load_suite, score_suite
+from ildlab.model.load import load_model
+from ildlab.model.stack import LayerStack
 from ildlab.session.session import PruningSession
-from ildlab.text.blocks import load_text
-from ildlab.text.sources import split_of
 
-
-def texts(session: PruningSession, folder: Path, tokens: int) -> dict:
-    """Text blocks by name: the training text's eval split, its sources', WikiText-2."""
-    source, block, tokenizer = session.config.text, session.config.block, session.tokenizer
-    names = dict.fromkeys([source, *source.split("+")])
-    found = {
-        f"eval split of {name}": load_text(name, tokenizer, block=block, tokens=tokens, split="eval") for name in names
-    }
-    wiki = unspaced((folder / "wikitext2-valid.txt").read_text(encoding="utf-8"))
-    wiki = wiki[len(wiki) // 2 :]  # nothing was chosen on the second half
-    # One document has one split, whichever it falls to.
-    found["WikiText-2"] = load_text([wiki], tokenizer, block=block, tokens=tokens, split=split_of(wiki))
-    return found
-
-
-def questions(folder: Path, examples: int) -> Suite:
-    """ARC-Easy per byte, and COPA; the second half of each file."""
-    arc, copa = (read_jsonl(folder / name)[1] for name in ("arc_easy.jsonl", "copa.jsonl"))
-    arc = [{**row, "query": row["query"] + "\nAnswer:"} for row in arc[len(arc) // 2 :][:examples]]
-    copa = copa[len(copa) // 2 :]
-    return Suite(
-        "held out",
-        (
-            Task("arc_easy", "multiple_choice", tuple(arc), normalise="bytes", chance=0.25),
-            Task("copa", "multiple_choice", tuple(copa), chance=0.5),
-        ),
-    )
+HALF = 2  # nothing was chosen on the second half
 
 
 def main() -> None:
-    """Print two tables: nats a token, and accuracy with intervals."""
+    """Print a line a model as it is judged, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
     parser.add_argument("heldout", type=Path)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each text")
-    parser.add_argument("--examples", type=int, default=300, help="questions of ARC-Easy")
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument(
+        "--layers", type=int, nargs="*", help="depths of the runs to judge; by default where each ended"
+    )
+    parser.add_argument("--suite", default="mini7")
+    parser.add_argument("--rows", type=int, help="of each held-out set; by default all of the half")
+    parser.add_argument("--tokens", type=int, default=16_384, help="of WikiText-2")
     args = parser.parse_args()
-    suite = questions(args.heldout, args.examples)
-    with PruningSession.open(args.run) as session:
-        pruned = session.teacher.share()
-        for layer_id in session.removed:
-            pruned.remove(layer_id)
-        models = {"teacher": session.teacher, "pruned only": pruned, "student": session.student}
-        rows = []
-        for name, blocks in texts(session, args.heldout, args.tokens).items():
-            nats = {
-                label: math.log(evaluate(stack, session.teacher, blocks, speed=False, show=False).perplexity)
-                for label, stack in models.items()
-            }
-            won = (nats["pruned only"] - nats["student"]) / (nats["pruned only"] - nats["teacher"])
-            rows.append({"text": name, "tokens": blocks.n_tokens, **nats, "won back": won})
-        print(f"removed {session.removed}; {len(session.student)} of {len(session.teacher)} layers")
-        seconds = sum(step.seconds for step in session.path)
-        parts = pd.Series([s.seconds for s in session.path]).groupby([s.action for s in session.path]).sum()
-        print(f"{seconds:.0f} s in the journal: {parts.round(0).to_dict()}")
-        print(pd.DataFrame(rows).round(4).to_string(index=False), flush=True)
-        scores = {}
-        for label, stack in models.items():
-            result = score_suite(stack, session.tokenizer, suite, show=False)
-            scores[label] = {name: str(task.interval()) for name, task in result.tasks.items()}
-        print(pd.DataFrame(scores).T.to_string())
+    loaded = load_model("smollm2-135m")
+    suites = [load_suite(args.suite), heldout.questions(args.heldout, HALF, args.rows)]
+    blocks = heldout.wikitext(args.heldout, loaded.tokenizer, HALF, args.tokens)
+    judged: dict[str, dict] = {}
+
+    def judge(label: str, stack: LayerStack) -> dict:
+        if label not in judged:
+            nats = heldout.nats(stack, blocks)
+            scores = [score_suite(stack, loaded.tokenizer, suite, show=False) for suite in suites]
+            bits = heldout.bits_per_byte(nats, blocks, loaded.tokenizer)
+            judged[label] = {"nats": nats, "bits per byte": bits, "scores": scores}
+        return judged[label]
+
+    table = []
+    for folder in args.runs:
+        with PruningSession.open(folder, loaded) as session:
+            whole = judge("teacher", session.teacher)
+            ends = {
+                len(step.layer_ids): step.step for step in session.path
+            }  # at each depth the last: distilled, if it is
+            for depth in args.layers or [len(session.student)]:
+                student = session.student_at(ends[depth])
+                gone = sorted(set(session.teacher.layer_ids) - set(student.layer_ids))
+                pruned = judge(f"without {gone}", session.teacher.share(without=gone))
+                found = judge(f"{folder} at {depth}", student)
+                table.append({"run": folder.name, "removed": gone} | _row(whole, pruned, found, args.suite))
+                print(json.dumps(table[-1]), flush=True)
+            seconds = pd.Series([s.seconds for s in session.path]).groupby([s.action for s in session.path]).sum()
+            print(f"{folder}: {seconds.sum():.0f} s in the journal: {seconds.round(0).to_dict()}", flush=True)
+    print(pd.DataFrame(table).T.to_string())
+
+
+def _row(whole: dict, pruned: dict, found: dict, suite: str) -> dict:
+    """One student's figures beside the teacher's, and beside those of the teacher without the same layers."""
+    row = {}
+    for name, at, corrected in ((suite, 0, False), ("held out", 1, True)):
+        form = "aggregate_corrected" if corrected else "aggregate"
+        models = {"teacher": whole, "pruned": pruned, "student": found}
+        row |= {f"{name}, {label}": round(getattr(m["scores"][at], form), 4) for label, m in models.items()}
+        lost = quality_loss(found["scores"][at], whole["scores"][at], corrected=corrected)
+        row[f"{name}, loss"] = f"{lost.value:.1%} [{lost.low:.1%}, {lost.high:.1%}]"
+    for label, model in (("teacher", whole), ("pruned", pruned), ("student", found)):
+        row[f"WikiText-2 bits per byte, {label}"] = round(model["bits per byte"], 4)
+    won = (pruned["nats"] - found["nats"]) / (pruned["nats"] - whole["nats"])
+    return row | {"WikiText-2, won back": f"{won:.1%}"}
 
 
 if __name__ == "__main__":

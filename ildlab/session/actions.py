@@ -137,7 +137,7 @@ def distill_steps(
         if not gap or set(gap) - set(run.removed):
             raise SessionError(f"gap={gap}: give layers that were removed so far: {run.removed or 'none yet'}.")
         trained = resolve_scope(config.scope, run.student, gap)
-        blocks = run.text("train", text, config.tokens)
+        blocks = run.text("train", text, max(config.tokens or 0, config.local_tokens or 0))
         checkpoint = _checkpoint_of(run, config, text, gap)
 
         asked = {"config": config.to_dict(), "gap": gap, "trained": trained, "processes": processes}
@@ -168,7 +168,8 @@ def distill_steps(
             if isinstance(error, NotFiniteError):  # the journal keeps why, for `diagnose`
                 run.append("failed", args={"action": "distill"}, result={"error": str(error)}, seed=config.seed)
             raise
-        commit(tokens=result.tokens, last=result.history.iloc[-1].to_dict())
+        last = result.history.iloc[-1].dropna()  # of the other stage's terms it says nothing
+        commit(tokens=result.tokens, last=last.to_dict())
         shutil.rmtree(checkpoint.parent, ignore_errors=True)
     return result
 

@@ -43,7 +43,7 @@ class SessionConfig:
     """
 
     teacher: str
-    text: str = "python-docs"
+    text: str = "mix"
     eval_text: str | None = None
     text_column: str | None = None
     block: int = 256

@@ -31,14 +31,20 @@ class RunSettings:
     distill: bool = True
     suite: str | None = None
     final: dict[str, Any] | None = None
+    suite_each: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "final", self.final or None)
         read_fields(self, SessionError)
         if self.max_loss is not None and not 0 < self.max_loss < 1:
             raise SessionError(f"max_loss={self.max_loss}: it is a share of the teacher's quality, between 0 and 1.")
-        if self.final and self.target_layers is None:
-            raise SessionError("A final distillation follows when target_layers is reached: give it.")
+        if self.target_layers is None and (self.final or not self.suite_each):
+            wanted = "A final distillation follows" if self.final else "Without suite_each, tasks are scored"
+            raise SessionError(f"{wanted} when target_layers is reached: give it.")
+        if self.max_loss is not None and not self.suite_each:
+            raise SessionError(
+                "max_loss decides after each removal, so tasks are scored there: leave suite_each True."
+            )
 
 
 def run_steps(
@@ -49,6 +55,7 @@ def run_steps(
     distill: bool = True,
     suite: str | None = None,
     final: dict[str, Any] | None = None,
+    suite_each: bool = True,
 ) -> Work[pd.DataFrame]:
     """The whole method, until one of the paper's stop rules holds; with neither given, it goes on as it was begun.
 
@@ -65,11 +72,13 @@ def run_steps(
         By default the run's.
     final : dict, optional
         Fields of `DistillConfig` for one more distillation once `target_layers` is reached, with the scope
-        counted from all the layers that were removed, such as `{"tokens": 150_000, "learning_rate": 7e-4}`.
+        counted from all the layers that were removed, such as `{"tokens": 20_480, "local_tokens": 200_000}`.
+    suite_each : bool
+        Score suite, canaries and speed at the end of each iteration; False: only when `target_layers` is reached.
 
     Returns `history()`.
     """
-    settings, resuming = _checked(run, RunSettings(target_layers, max_loss, distill, suite, final))
+    settings, resuming = _checked(run, RunSettings(target_layers, max_loss, distill, suite, final, suite_each))
     if resuming and _stopped_by_loss(run):
         return history_table(run)
     goal = settings.target_layers or 1
@@ -102,6 +111,9 @@ def _phase_steps(run: Run, settings: RunSettings, phase: str, label: str, place:
         return
     # What decides is the student at the end of an iteration: tasks and speed are measured there.
     ends = phase == "evaluate" or not settings.distill
+    if not settings.suite_each:
+        # A removal that is finally distilled is judged once more after that.
+        ends &= len(run.student) == settings.target_layers and (phase == "evaluate" or not settings.final)
     if phase == "measure":
         work = actions.measure_steps(run)
     elif phase == "distill":
@@ -109,7 +121,8 @@ def _phase_steps(run: Run, settings: RunSettings, phase: str, label: str, place:
     elif phase == "final distillation":
         work = actions.distill_steps(run, _final_config(run, settings.final), gap=run.removed)
     else:
-        work = actions.evaluate_steps(run, settings.suite if ends else False, speed=ends, undistilled=ends)
+        asked = {"speed": ends, "undistilled": ends, "canaries": ends or settings.suite_each}
+        work = actions.evaluate_steps(run, settings.suite if ends else False, **asked)
     found = yield from relabel(work, label + phase, place)
     if isinstance(found, Evaluation):
         yield Progress(*place, label + _told(found, run.steps[-1]), found, "result")

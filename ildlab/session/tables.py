@@ -39,7 +39,9 @@ def history_table(run: Run, step: int | None = None) -> pd.DataFrame:
         if record.action == "evaluate":
             found, after = record.result["evaluation"], "_pruned" if stage == "pruned" else ""
             told = {f"{name}{after}": found[name] for name in ("perplexity", "kl")}
-            told |= {f"aggregate{after}": record.result.get("aggregate"), "loss": record.result["loss"]}
+            told[f"aggregate{after}"] = record.result.get("aggregate")
+            if record.args["suite"] or not run.config.suite:  # a loss by the text alone is of another kind
+                told["loss"] = record.result["loss"]
             told |= {} if after else {"agreement": found["agreement"]}
             bare = record.result.get("undistilled") or {}
             told |= {f"{name}_undistilled": bare[name] for name in ("perplexity", "kl") if bare}
