@@ -127,7 +127,14 @@ def ours(positions: int | None = None) -> dict:
     student = teacher.share()
     student.remove(GAP)
     config = DistillConfig(
-        scope="suffix", batch_size=ROWS, seed=0, hidden_loss="mse", reduction="token", kl_positions=positions
+        scope="suffix",
+        batch_size=ROWS,
+        seed=0,
+        hidden_loss="mse",
+        hidden_weight=1.0,
+        local_tokens=0,
+        reduction="token",
+        kl_positions=positions,
     )
     times, losses = [], []
     loading = _peak()  # `distill_steps` counts anew, as its own report does
@@ -151,7 +158,7 @@ def plain() -> dict:
     from ildlab.distill.config import DistillConfig
 
     model = _pruned(teacher)
-    default = DistillConfig()
+    default = DistillConfig(hidden_weight=1.0)
     config = DistillConfig(batch_size=ROWS)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=default.learning_rate, weight_decay=0.0

@@ -15,12 +15,17 @@ RESAMPLES = 2000
 
 
 def resamples(count: int, seed: int = 0, strata: Sequence[str] = ()) -> np.ndarray:
-    """How often each of `count` sequences is drawn, [RESAMPLES, count] float64; of each of the strata as many as it has."""
+    """How often each of `count` sequences is drawn, [RESAMPLES, count] float64; of each of the strata as many as it has.
+
+    Drawing n of a stratum's n shrinks its spread by (n - 1) / n: draws of several strata are drawn out about 1 by the
+    root of that, so that some may be below 0. `expansion` does the same for one stratum.
+    """
     rng = np.random.default_rng(seed)
     drawn, names = np.empty((RESAMPLES, count)), np.array(strata or [""] * count)
     for name in dict.fromkeys(names.tolist()):
         at = np.flatnonzero(names == name)
-        drawn[:, at] = rng.multinomial(len(at), np.full(len(at), 1 / len(at)), size=RESAMPLES)
+        times = rng.multinomial(len(at), np.full(len(at), 1 / len(at)), size=RESAMPLES)
+        drawn[:, at] = times if len(at) in (1, count) else 1 + (times - 1) * math.sqrt(len(at) / (len(at) - 1))
     return drawn
 
 

@@ -407,7 +407,33 @@ def test_the_local_stage_comes_first_and_runs_nothing_above(tiny):
         and local.columns[local.notna().any()].isin(["hidden_3"]).any()
     )
     assert local.learning_rate.iloc[0] == config.local_rate and joint.learning_rate.iloc[0] == config.learning_rate
-    assert ran.count(7) == 3  # the top layer: in the joint steps alone
+    assert ran.count(7) == 3 + 2  # the top layer: in the joint steps, and twice to see what the local stage did
+    took = joint.seconds.iloc[-1] - local.seconds.iloc[-1]  # each stage has a speed of its own
+    assert joint.tokens_per_second.iloc[-1] == pytest.approx(3 * 48 / took)
+
+
+def test_a_local_stage_that_does_harm_is_taken_back(tiny, tmp_path):
+    config = replace(BASE, scope="neighbours", tokens=4 * 12, local_tokens=4 * 12 * 6, learning_rate=1e-12)
+    student, teacher = pair(tiny, layers=8)
+    good = distill(student, teacher, rows(), config, gap=2)
+    assert "note" not in good.history
+    student, teacher = pair(tiny, layers=8)
+    before = weights(student)
+    work = distill_steps(
+        student,
+        teacher,
+        rows(),
+        replace(config, local_rate=3.0),
+        gap=2,
+        checkpoint=tmp_path / "c",
+        metrics_path=tmp_path / "m",
+    )
+    notes = [progress.note for progress in work]
+    assert "did harm" in notes[-1] and not any("harm" in note for note in notes[:-1])
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(student).values(), before.values(), strict=True)
+    )
+    assert "taken back" in json.loads((tmp_path / "m").read_text().splitlines()[-1])["note"]
 
 
 def test_a_local_stage_that_cannot_be(tiny):

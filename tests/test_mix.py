@@ -13,11 +13,13 @@ import torch
 from ildlab.errors import MeasureError, TextError
 from ildlab.files import data_dir
 from ildlab.importance.dispatch import measure
+from ildlab.importance.samples import Positions, first_look, rounds
 from ildlab.importance.scores import LayerScores, by_kind
 from ildlab.model.stack import LayerStack
 from ildlab.text.blocks import load_text
 from ildlab.text.mix import WEIGHTS, interleaved, packed, rows_file, summands
 from ildlab.text.rows import Rows
+from ildlab.text.sources import split_of
 from ildlab.text.teacher_text import SHARES, make_mix
 
 KINDS = {"prose", "answers", "copies", "lists", "arithmetic", "docs"}
@@ -117,6 +119,30 @@ def test_a_file_of_rows_is_a_mixture(rows_here, teacher):
     assert unscored.scored is None and Rows.of(blocks).kinds == blocks.kinds
 
 
+def test_files_that_break_off_or_name_kinds_badly(tmp_path, teacher):
+    good = {"kind": "x", "parts": ["a", "b"]}
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps(good) + "\n{half")
+    with pytest.raises(TextError, match=r"Row 2 of .*broken"):
+        load_text(broken, teacher.tokenizer, block=8)
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress((json.dumps(good) + "\n").encode() * 9000)[:-40])
+    with pytest.raises(TextError, match="torn"):
+        load_text(torn, teacher.tokenizer, block=8)
+    for kind in ("a:b", "a+b", "a*2", ""):
+        with pytest.raises(TextError, match="Row 2"):
+            load_text(file_of(tmp_path / "k.jsonl", [good, good | {"kind": kind}]), teacher.tokenizer, block=8)
+
+
+def test_a_folder_whose_name_reads_like_a_sum(tmp_path, rows_here, teacher):
+    folder = tmp_path / "c++*2"
+    folder.mkdir()
+    same = folder / "rows.jsonl"
+    same.write_bytes(open(rows_here, "rb").read())
+    blocks = load_text(same, teacher.tokenizer, block=32, tokens=320, split="train")
+    assert set(blocks.kinds) == {"sums", "tales"}
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -161,6 +187,18 @@ def test_the_shipped_mix(teacher):
 def test_splits_of_the_mix_never_overlap():
     with gzip.open(data_dir() / "mix" / "smollm2-135m.jsonl.gz", "rt") as lines:
         rows = [json.loads(line) for line in lines]
+    with gzip.open(data_dir() / "teacher_samples" / "samples.jsonl.gz", "rt") as lines:
+        passages = [json.loads(line)["text"].strip() for line in lines]
+    passages = [(" ".join(text.split()), split_of(text)) for text in passages]
+    cut = 0
+    for row in rows[::7]:  # every seventh: each is looked for in every passage
+        context = row["parts"][0].split("\n")[0] if row["kind"] == "copies" else row["parts"][0]
+        context = " ".join(context.split())
+        if row["kind"] in ("copies", "answers") and len(context.split()) > 11:
+            found = {split for text, split in passages if context in text}
+            cut += bool(found)
+            assert not found or row["split"] in found, context
+    assert cut > 200
     of = {}
     for row in rows:
         of.setdefault("".join(row["parts"]), set()).add(row["split"])
@@ -201,6 +239,37 @@ def test_kl_on_a_mixture_is_that_of_its_kinds(tiny, rows_here, teacher):
     pd.testing.assert_frame_equal(kept.of_kind("sums").table, scores.of_kind("sums").table, rtol=1e-5)
     with pytest.raises(MeasureError, match="sums, tales"):
         scores.of_kind("songs")
+
+
+def test_next_tokens_are_scored_at_the_last_token_of_an_answer_too(tiny, rows_here, teacher):
+    stack = LayerStack(tiny(4, vocab=49152, hidden=32))
+    blocks = load_text(f"{rows_here}:sums", teacher.tokenizer, block=32, split="train")
+    for metric in ("nll", "kl"):
+        scores = measure(stack, blocks, metric, teacher=stack if metric == "kl" else None, show=False)
+        assert scores.weights.sum() == pytest.approx(1)  # of one kind
+        places = Positions.sample(Rows.of(blocks), None, 0, predict=metric == "nll")
+        assert int(places.valid.sum()) == int(blocks.scored.sum())
+        said = teacher.tokenizer.decode(places.targets[places.valid])
+        assert any(digit in said for digit in "123456789")
+
+
+def test_a_race_first_sees_two_of_each_kind():
+    assert first_look((), 2) == 2
+    assert first_look(("a", "a", "b", "a", "b"), 2) == 5
+    assert first_look(("a", "b", "c") * 4, 2) == 6
+    assert list(map(len, rounds(9, 2, 5))) == [5, 2, 2]
+
+
+def test_intervals_of_several_kinds_hold_the_truth():
+    """95 of 100 intervals hold the mean that the values are drawn around, at two sequences a kind as at ten."""
+    for each in (2, 4, 10):
+        draw, kinds, inside = np.random.default_rng(0), [k for k in "abcdef" for _ in range(each)], 0
+        for _ in range(300):
+            x = np.stack([draw.normal(1.0, 0.3, len(kinds)), np.ones(len(kinds)), np.full(len(kinds), 2.0)], 1)
+            row = LayerScores.from_samples("kl", "x", [0, 1, 2], x, np.ones(len(kinds)), kinds=kinds).table.loc[0]
+            level = 1.0  # the median layer is the second, without noise, but where the first is above it
+            inside += row.ci_low <= level <= row.ci_high
+        assert inside / 300 > 0.9, each
 
 
 def test_one_sequence_of_a_kind_is_refused_before_the_work(tiny, rows_here, teacher):

@@ -136,6 +136,39 @@ def test_tasks_are_scored_at_the_start_and_the_end_alone(make):
             session.run(**wrong, suite_each=False)
 
 
+def test_a_run_made_when_distillation_had_one_stage_stays_what_it_was(make):
+    session = make(distill={"learning_rate": 1e-3})
+    session.run(5, distill=False, final={"tokens": 8 * 32, "local_tokens": 0})
+    session.close()
+    file = session.folder / "config.json"
+    older = json.loads(file.read_text())
+    assert older.pop("distill_stages") == 2
+    file.write_text(json.dumps(older))
+    lines = (session.folder / "journal.jsonl").read_text().splitlines()
+    for number, line in enumerate(lines):
+        step = json.loads(line)
+        if step["action"] == "distill":
+            for name in ("local_tokens", "local_rate"):
+                del step["args"]["config"][name]
+            step["args"]["config"] |= {"scope": "window(2)", "hidden_weight": 1.0, "batch_size": 4}
+            lines[number] = json.dumps(step)
+    (session.folder / "journal.jsonl").write_text("\n".join(lines) + "\n")
+    again = PruningSession.open(session.folder, dtype="float32")
+    assert again.config.distill["scope"] == "window(2)" and again.config.distill["learning_rate"] == 1e-3
+    before = len(again.steps)
+    again.run(5, distill=False, final={"tokens": 8 * 32, "local_tokens": 0})  # it is done, and stays so
+    assert len(again.steps) == before
+    again.close()
+
+
+@pytest.mark.parametrize("short", ["calibration_tokens", "train_tokens", "eval_tokens"])
+def test_each_kind_of_a_text_needs_its_blocks_before_anything_is_made(make, tmp_path, short):
+    enough = {"calibration_tokens": 12 * 128, "train_tokens": 6 * 128, "eval_tokens": 6 * 128}
+    with pytest.raises(SessionError, match=f"{short}.*6 kinds of text"):
+        make(text="mix", block=128, **{**enough, short: 5 * 128})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_on_text_of_many_kinds(make):
     session = make(text="mix", block=128, calibration_tokens=12 * 128, train_tokens=24 * 128, eval_tokens=6 * 128)
     scores = session.measure(positions=8)
@@ -543,7 +576,7 @@ def test_refusals_change_nothing(make, tmp_path, tiny_folder, text_file):
 
     with pytest.raises(SessionError, match="has no 'layers'"):
         create(layers=3)
-    with pytest.raises(SessionError, match="at least two blocks"):
+    with pytest.raises(SessionError, match="at least 2 blocks"):
         create(train_tokens=10)
     with pytest.raises(TextError):
         create(text=str(tmp_path / "nowhere.txt"))

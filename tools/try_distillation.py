@@ -28,7 +28,7 @@ KL_TOKENS = 20_480
 WAYS = {
     "base": {},
     "no local stage": {"local_tokens": 0},
-    "local stage alone": {"tokens": 1},
+    "local stage alone": {"tokens": 1, "learning_rate": 1e-12},
     "half the local stage": {"local_tokens": 100_000},
     "twice the local stage": {"local_tokens": 400_000},
     "twice the KL": {"tokens": 2 * KL_TOKENS},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import pandas as pd
@@ -38,9 +38,10 @@ class DistillConfig:
 
     hidden_loss: HiddenLoss = "relative_mse"
     """"mse" (the paper), "relative_mse" (over the teacher's squared norm, token by token) or "cosine"."""
-    hidden_weight: float = 0.0
+    hidden_weight: float | None = None
     """Weight of the hidden-state loss, after the last layer that trains and after the last, beside the divergence; 0
-    leaves it out (the local stage has it whatever this says)."""
+    leaves it out (the local stage has it whatever this says). None: 0, or 1 where the paper's reduction is asked for or
+    nothing else is left to learn from."""
 
     ce_weight: float = 0.0
     """Weight of the cross entropy with the data's own next tokens."""
@@ -78,6 +79,9 @@ class DistillConfig:
         read_fields(self, DistillError)
         if self.reduction == "paper" and self.local_tokens is None:  # the paper has no such stage
             object.__setattr__(self, "local_tokens", 0)
+        if self.hidden_weight is None:
+            alone = self.reduction == "paper" or not (self.kl_weight or self.ce_weight)
+            object.__setattr__(self, "hidden_weight", float(alone))
         self.spec  # noqa: B018  (raises)
         if isinstance(self.scope, str):
             scope_parts(self.scope)
@@ -115,7 +119,7 @@ class DistillConfig:
         Source: arXiv 2511.05085. KL and MSE run over padding too, so the loss depends on the batch size.
         """
         published = {"scope": "neighbours", "hidden_loss": "mse", "reduction": "paper", "local_tokens": 0}
-        return replace(cls(**published, hidden_weight=1.0, learning_rate=1e-4), **changes)
+        return cls(**{**published, "learning_rate": 1e-4, **changes})
 
     @property
     def spec(self) -> Divergence:

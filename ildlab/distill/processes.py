@@ -24,6 +24,7 @@ from ildlab import errors
 from ildlab.distill import train
 from ildlab.distill.config import DistillConfig, DistillResult
 from ildlab.distill.masters import peak_memory
+from ildlab.distill.plan import Plan
 from ildlab.errors import DistillError, IldlabError
 from ildlab.files import atomic_file, write_atomic
 from ildlab.model.fingerprints import fingerprint
@@ -55,7 +56,7 @@ def distill_steps(
     files = {"checkpoint": checkpoint, "metrics_path": metrics_path}
     if processes == 1:
         return (yield from train.distill_steps(student, teacher, blocks, config, gap=gap, **files))
-    plan = train.Plan.of(student, teacher, blocks, config, gap)
+    plan = Plan.of(student, teacher, blocks, config, gap)
     plan.check_processes(processes)
     _check_devices(teacher, processes)
     with tempfile.TemporaryDirectory(prefix="ildlab-") as name:
@@ -98,7 +99,7 @@ def _check_devices(teacher: LayerStack, processes: int) -> None:
         raise DistillError(f"processes={processes}: torch sees {torch.cuda.device_count()} GPUs, and each takes one.")
 
 
-def _task(student: LayerStack, teacher: LayerStack, plan: train.Plan, name: str, files: dict) -> dict[str, Any]:
+def _task(student: LayerStack, teacher: LayerStack, plan: Plan, name: str, files: dict) -> dict[str, Any]:
     """What a worker is told."""
     pruned = teacher.share(without=set(teacher.layer_ids) - set(student.layer_ids))
     theirs = dict(pruned.model.named_parameters())

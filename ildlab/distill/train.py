@@ -6,11 +6,9 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -18,13 +16,12 @@ from ildlab.distill.batches import GlobalBatch, global_batch
 from ildlab.distill.checkpoint import identity, load_checkpoint, save_checkpoint
 from ildlab.distill.config import DistillConfig, DistillResult
 from ildlab.distill.masters import Masters, peak_memory, reset_peak_memory
-from ildlab.distill.scope import match_points, resolve_scope, runs
+from ildlab.distill.plan import Plan
 from ildlab.distill.step import DistillStep
-from ildlab.errors import DistillError, NotFiniteError
+from ildlab.errors import NotFiniteError
 from ildlab.files import write_atomic
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work, blocking
-from ildlab.text.rows import Rows
 
 SNAPSHOT = 16  # optimizer steps between copies of the weights that a step which is not finite falls back to
 CHECKPOINT_SECONDS = 60.0  # between checkpoints, unless the config says how many steps
@@ -106,74 +103,6 @@ def distill_steps(
 distill = blocking(distill_steps)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A distillation that can be done: what was asked for, checked against the models and the text."""
-
-    config: DistillConfig
-    text: Rows
-    gaps: list[int]
-    trained: list[int]
-    points: list[int]
-    local_points: list[int]
-
-    @classmethod
-    def of(cls, student: LayerStack, teacher: LayerStack, blocks: Any, config: DistillConfig | None, gap) -> Plan:
-        """Check everything that can be wrong before anything changes; raises DistillError or TextError."""
-        config, text = config or DistillConfig(), Rows.of(blocks)
-        if student.model is teacher.model:
-            raise DistillError("Student and teacher are the same model: make the student with teacher.share().")
-        if student.hidden_size != teacher.hidden_size:
-            raise DistillError(
-                f"The student is {student.hidden_size} wide, the teacher {teacher.hidden_size}: they do not match."
-            )
-        missing = [i for i in student.layer_ids if i not in teacher.layer_ids]
-        if missing:
-            raise DistillError(f"The student has layers that the teacher lacks: {missing}.")
-        gaps = [gap] if isinstance(gap, int) else sorted(gap)
-        trained = resolve_scope(config.scope, student, gaps)
-        points = match_points(config, student, trained)
-        elsewhere = [i for i in trained if any(p.is_meta for p in student.layers[student.position(i)].parameters())]
-        if elsewhere:
-            raise DistillError(
-                f"The weights of layers {elsewhere} are offloaded (device_map): they can be measured, but not trained. "
-                "Load the model without device_map, or with these layers on a device."
-            )
-        return cls(config, text, gaps, trained, points, list(runs(student, trained)))
-
-    def check_processes(self, count: int) -> None:
-        """Raise DistillError where the global batch cannot be shared by so many processes."""
-        if self.config.batch_size % count:
-            raise DistillError(f"batch_size={self.config.batch_size} cannot be shared evenly by {count} processes.")
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of an optimizer step."""
-        return self.config.batch_size * self.text.tokens.shape[1]
-
-    @property
-    def local_steps(self) -> int:
-        """Optimizer steps of the local stage."""
-        tokens = self.config.local_tokens
-        return math.ceil((self.text.tokens.numel() if tokens is None else tokens) / self.step_tokens)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps in all."""
-        return self.local_steps + math.ceil((self.config.tokens or self.text.tokens.numel()) / self.step_tokens)
-
-    def points_at(self, step: int) -> list[int]:
-        """Layer ids after which hidden states are matched in a step."""
-        return self.local_points if step < self.local_steps else self.points
-
-    def result(self, history: list[dict], seconds: float, peak: int) -> DistillResult:
-        """What this plan came to."""
-        tokens = self.steps * self.step_tokens
-        return DistillResult(
-            pd.DataFrame(history), self.trained, self.gaps, tokens, self.steps, seconds, peak, self.config
-        )
-
-
 class Trainer:
     """What a distillation carries from step to step: weights, optimizer, history; and the step itself.
 
@@ -189,6 +118,8 @@ class Trainer:
             self.loss.keep_bottoms(rows, block)
         fused = student.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.masters.tensors, weight_decay=0.0, fused=fused)
+        # What a local stage that does harm falls back to.
+        self.start = self.masters.copy() if plan.local_steps and plan.config.kl_weight else []
         reset_peak_memory(student.device)
         self.take_up([], 0.0)
 
@@ -214,8 +145,10 @@ class Trainer:
         Raises NotFiniteError before the update, so that a bad step changes nothing, with the last good weights.
         """
         config, masters = self.plan.config, self.masters
+        note = ""
         if batch.step == self.plan.local_steps:  # what Adam knows of the local loss says nothing of the other
             self.optimizer.state.clear()
+            note = self._check_local(batch)
         sums = self._accumulate(batch)  # [6 + points]
         norm = torch.nn.utils.clip_grad_norm_(masters.tensors, config.clip or math.inf)
         values = torch.cat([sums, norm.float()[None].to(sums.device)]).tolist()  # [7 + points]; the one host sync
@@ -230,8 +163,39 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         masters.push()
-        self.history.append(_record(batch, values, self.plan, rate, self.seconds))
+        local = self.plan.local_steps
+        began = self.history[local - 1]["seconds"] if 0 < local <= batch.step else 0.0  # of this stage
+        record = _record(batch, values, self.plan, rate, self.seconds, began)
+        self.history.append(record | ({"note": note} if note else {}))
         return self.history[-1]
+
+    def _check_local(self, batch: GlobalBatch) -> str:
+        """Take the local stage back where it made the KL of this batch worse; returns what was done, if anything.
+
+        Near hidden states are not always near logits: the first token of a text is an attention sink in many models, with a
+        norm a hundred times the others', and a run that ends where this is made may miss it.
+        """
+        start, self.start = self.start, []
+        if not start:
+            return ""
+        after, now = self._kl(batch), self.masters.copy()
+        self.masters.write(start)
+        before = self._kl(batch)
+        if after > before:
+            return f"the local stage did harm (KL {before:.3f} to {after:.3f}) and was taken back"
+        self.masters.write(now)
+        return ""
+
+    @torch.no_grad()
+    def _kl(self, batch: GlobalBatch) -> float:
+        """KL to the teacher on a global batch, in nats a token."""
+        total = torch.zeros((), device=self.loss.squares.device)
+        for part in batch.parts(self.state.process_index, self.state.num_processes, self.plan.config.micro_batch):
+            positions = batch.positions[part] if batch.positions is not None else None  # [B, P]
+            total += self.loss(self.plan.text.batch(batch.rows[part]), batch.counts, positions)[1][0].to(total.device)
+        if self.state.num_processes > 1:
+            torch.distributed.all_reduce(total)
+        return float(total) / batch.counts.kl
 
     def _accumulate(self, batch: GlobalBatch) -> Tensor:
         """Leave the global batch's gradient in the masters; return its sums [6 + points].
@@ -282,7 +246,7 @@ def learning_rate(plan: Plan, step: int) -> float:
     return peak * falls[config.schedule]
 
 
-def _record(batch: GlobalBatch, values: list[float], plan: Plan, rate: float, seconds: float) -> dict:
+def _record(batch: GlobalBatch, values: list[float], plan: Plan, rate: float, seconds: float, began: float) -> dict:
     """A step's record; a term that is not part of the loss was not computed, and is None."""
     config, counts = plan.config, batch.counts
     local = batch.step < plan.local_steps
@@ -306,14 +270,15 @@ def _record(batch: GlobalBatch, values: list[float], plan: Plan, rate: float, se
         "kl_share": grad_kl / (grad_kl + grad_hidden) if grad_kl + grad_hidden else None,
         "learning_rate": rate,
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": (tokens - (0 if local else plan.local_steps * plan.step_tokens)) / (seconds - began),
     }
 
 
 def step_note(record: Mapping[str, Any]) -> str:
     """A step's record in one short line: the loss, the terms that it has, and the speed."""
     terms = [f"{name} {record[name]:.4f}" for name in ("loss", "kl", "hidden") if record[name] is not None]
-    return ", ".join([*terms, f"{record['tokens_per_second']:.0f} tokens/s"])
+    said = [record["note"]] if record.get("note") else []
+    return ", ".join([*terms, f"{record['tokens_per_second']:.0f} tokens/s", *said])
 
 
 def _not_finite(step: int, values: list[float], plan: Plan) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ildlab.importance.config import MeasureConfig
 from ildlab.importance.one_pass import apart, token_mean
 from ildlab.importance.race import Race
-from ildlab.importance.samples import Collector, Positions, SmallerOnOOM, rounds
+from ildlab.importance.samples import Collector, Positions, SmallerOnOOM, first_look, rounds
 from ildlab.importance.scores import LayerScores
 from ildlab.importance.sweep import branches, climb, rows_at_once
 from ildlab.model.capture import Trunk
@@ -43,7 +43,7 @@ def ablation_steps(
     details = collected.details
     details |= {"notes": run.notes, "dropped": race.dropped}
     job.want_prior, whole = config.race, 0.0
-    for picked in rounds(total, group, max(FIRST, len(set(rows.kinds))) if config.race else None):
+    for picked in rounds(total, group, first_look(rows.kinds, FIRST) if config.race else None):
         values, alive = run(picked), len(job.alive)
         weights = values[:, alive + 1]
         collected.add(picked, job.alive, values[:, :alive], weights)

@@ -46,7 +46,8 @@ class MeasureConfig:
         Of the intervals, and of a race.
     tie : float, optional
         nll, kl, task: what may be lost by picking one of two near layers, at which a race ends (the indifference zone
-        of Bechhofer 1954). By default 0.02 nats per token, and 0.005 of a suite's aggregate.
+        of Bechhofer 1954). By default 0.02 nats per token (of a median layer's damage, on text of several kinds), and
+        0.005 of a suite's aggregate.
     max_branch_bytes : int
         Memory for the branches' hidden states; more of them go in waves. With offloaded layers as many sequences as
         fit go through each layer while it is loaded.

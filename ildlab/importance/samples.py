@@ -36,15 +36,15 @@ class Positions:
         """
         n, length = rows.tokens.shape
         able = torch.ones(n, length, dtype=torch.bool) if rows.mask is None else rows.mask.clone()
-        if rows.scored is not None:
-            able &= rows.scored
-            if bool((~able.any(1)).any()):
-                raise MeasureError("A block has no target in it: take longer blocks.")
         if predict:
             able[:, :-1] &= able[:, 1:].clone()
             able[:, -1] = False
             if bool((~able.any(1)).any()):
                 raise MeasureError("A sequence has no token to predict: each needs at least 2 valid tokens.")
+        if rows.scored is not None:  # where the next token is a target
+            able &= rows.scored
+            if bool((~able.any(1)).any()):
+                raise MeasureError("A block has no target in it: take longer blocks.")
         most = int(able.sum(1).max())
         count = most if count is None else min(count, most)
         index, valid = torch.zeros(n, count, dtype=torch.long), torch.zeros(n, count, dtype=torch.bool)
@@ -122,11 +122,21 @@ class SmallerOnOOM:
 
 
 def rounds(total: int, batch_size: int, first: int | None = None) -> Iterator[np.ndarray]:
-    """Row indices [n], batch by batch; of the first batch alone `first`, where that is less."""
-    start, stop = 0, min(first or batch_size, batch_size)
+    """Row indices [n], batch by batch; `first` of them at first."""
+    start, stop = 0, first or batch_size
     while start < total:
         yield np.arange(start, min(stop, total))
         start, stop = stop, stop + batch_size
+
+
+def first_look(kinds: Sequence[str], least: int) -> int:
+    """Rows that a race looks at first: `least`, or as many as hold two of each kind of text."""
+    seen: dict[str, int] = {}
+    for number, kind in enumerate(kinds, 1):
+        seen[kind] = seen.get(kind, 0) + 1
+        if len(seen) == len(set(kinds)) and min(seen.values()) > 1:
+            return max(least, number)
+    return least
 
 
 class Collector:
@@ -187,8 +197,9 @@ class Collector:
         )
 
     def progress(self, note: str) -> Progress:
-        """How far the metric is, with the scores so far."""
-        return Progress(self.count, len(self.values), note, self.scores() if self.count > 1 else None)
+        """How far the metric is, with the scores so far; none while a kind of text has too few rows to tell layers by."""
+        enough = all(np.count_nonzero(self.kinds[self.weights > 0] == kind) > 1 for kind in np.unique(self.kinds))
+        return Progress(self.count, len(self.values), note, self.scores() if self.count > 1 and enough else None)
 
     def _columns(self, layer_ids: Sequence[int]) -> list[int]:
         return [self.layer_ids.index(i) for i in layer_ids]

@@ -43,7 +43,11 @@ def by_kind(x: np.ndarray, w: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray
         whole = rows & ~np.isnan(x).any(1)
         medians[kind] = level = float(np.median(mean(x[whole], w[whole])))
         if not level > 0:
-            raise MeasureError(f"On text of kind {kind!r} the median layer does no damage: leave this kind out.")
+            others = "+".join(other for other in dict.fromkeys(kinds.tolist()) if other != kind)
+            raise MeasureError(
+                f"On text of kind {kind!r} the median layer does no damage, so that no other can be told by it: take more "
+                f"of it, or a sum of the other kinds ({others}) as the text."
+            )
         x[rows] /= level
         w[rows] /= w[rows].sum()
     return x, w, medians
@@ -63,7 +67,8 @@ class LayerScores:
     source: str  # on which text
     seconds: float
     per_sequence: np.ndarray  # [N, L] float64; NaN where a layer was not scored; [0, L] for a metric of weights alone
-    weights: np.ndarray  # [N] float64, tokens scored in each sequence; `score` is the mean weighted by them
+    # [N] float64, tokens scored in each sequence (of several kinds: over those of its kind); `score` is the mean by them
+    weights: np.ndarray
     confidence: float = 0.95  # of the intervals
     details: dict[str, Any] = field(default_factory=dict)
     kinds: tuple[str, ...] = ()  # [N], of a text of several kinds: values are then of each kind's median (`by_kind`)
@@ -85,7 +90,8 @@ class LayerScores:
         scored = ~np.isnan(x)
         n = scored.sum(0)
         score = mean(x, w)
-        low, high = interval(score, means(resamples(len(x), strata=kinds), x, w), n, confidence)
+        free = n - max(0, len(set(kinds)) - 1)  # each kind has a mean of its own
+        low, high = interval(score, means(resamples(len(x), strata=kinds), x, w), free, confidence)
         table = pd.DataFrame({"score": score, "ci_low": low, "ci_high": high, "n": n}, index=index)
         return cls(table, metric, source, seconds, x, w, confidence, details, tuple(kinds))
 
@@ -178,7 +184,7 @@ class LayerScores:
             n = (~np.isnan(self.per_sequence)).sum(0)
             paired = self.per_sequence - self.per_sequence[:, [self.layer_ids.index(least)]]
             gap = mean(paired, self.weights)
-            bound = gap + (bound - gap) * expansion(n, alpha)
+            bound = gap + (bound - gap) * expansion(n - max(0, len(set(self.kinds)) - 1), alpha)
         left = set(self.finalists) - {least}
         close = [i for i, b in zip(self.layer_ids, bound, strict=True) if i in left and not b > 0]
         return [least, *sorted(close, key=lambda i: self.table.loc[i, "score"])]

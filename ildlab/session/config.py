@@ -12,6 +12,7 @@ from ildlab.errors import SessionError
 from ildlab.evaluate.suites import load_suite
 from ildlab.importance.config import check_options
 from ildlab.model.stack import LayerStack
+from ildlab.text.mix import summands
 from ildlab.typed import known_fields, read_fields
 
 
@@ -72,8 +73,15 @@ class SessionConfig:
         if config.suite is not None:
             load_suite(config.suite)
         for name in ("calibration_tokens", "train_tokens", "eval_tokens"):
-            if getattr(config, name) < 2 * config.block:
-                raise SessionError(f"{name} is {getattr(config, name)}: give at least two blocks, {2 * config.block}.")
+            text = config.eval_text if name == "eval_tokens" and config.eval_text else config.text
+            kinds = len(summands(text))
+            # Of text of several kinds each needs a block, and two to be measured on.
+            least = max(2, kinds * (2 if name == "calibration_tokens" and kinds > 1 else 1))
+            if getattr(config, name) < least * config.block:
+                of_kinds = f" ({kinds} kinds of text)" if kinds > 1 else ""
+                raise SessionError(
+                    f"{name} is {getattr(config, name)}: give at least {least} blocks{of_kinds}, {least * config.block}."
+                )
         if config.processes < 1:
             raise SessionError(f"processes={config.processes}: at least 1 distills.")
         return config

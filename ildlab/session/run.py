@@ -26,6 +26,10 @@ from ildlab.session.journal import CHANGES_STUDENT, Journal, Step
 from ildlab.text.blocks import TextBlocks, load_text
 
 FORMAT = 2  # of a run folder; 1 named its teacher by another fingerprint
+STAGES = (
+    2  # of a distillation; a folder that does not say so was made when there was one, and these were the defaults:
+)
+ONE_STAGE = {"scope": "window(2)", "hidden_weight": 1.0, "batch_size": 4, "learning_rate": 2e-4, "local_tokens": 0}
 
 
 class Run:
@@ -37,7 +41,10 @@ class Run:
     def __init__(self, journal: Journal, loaded: LoadedModel, teacher: LayerStack):
         self.journal, self.folder = journal, journal.folder
         known = SessionConfig.__dataclass_fields__  # an older version had settings that are no more
-        self.config = SessionConfig(**{k: v for k, v in journal.config["settings"].items() if k in known})
+        settings = {k: v for k, v in journal.config["settings"].items() if k in known}
+        if "distill_stages" not in journal.config:
+            settings["distill"] = ONE_STAGE | settings.get("distill", {})
+        self.config = SessionConfig(**settings)
         self.loaded, self.tokenizer, self.teacher = loaded, loaded.tokenizer, teacher
         self._text: dict[tuple, TextBlocks] = {}
         self._busy, self._action, self._began = threading.Lock(), "", 0.0
@@ -68,7 +75,11 @@ class Run:
         splits = ("calibration", "eval") if config.eval_text else ("calibration",)
         texts = {split: text_record(load_split(config, loaded.tokenizer, split)) for split in splits}
         facts = {"ildlab_run": FORMAT, "teacher": loaded.name, "fingerprint": fingerprint(stack, any_dtype=True)}
-        facts |= {"layers": len(stack), "weights_dtype": str(storage_dtype(stack)).removeprefix("torch.")}
+        facts |= {
+            "distill_stages": STAGES,
+            "layers": len(stack),
+            "weights_dtype": str(storage_dtype(stack)).removeprefix("torch."),
+        }
         journal = Journal.create(folder, facts | {"settings": asdict(config)})
         about = {"args": {"teacher": loaded.name}, "result": {"text": texts}}
         journal.append("create", layer_ids=stack.layer_ids, seed=config.seed, **about)

@@ -29,12 +29,13 @@ class TextBlocks:
     source: str
     split: str
     seed: int
-    fingerprint: str  # sha256 (hex) of the tokens as little-endian int32 and of the block length
+    # sha256 (hex) of the tokens as little-endian int32, of the block length, and of `scored` where there is some
+    fingerprint: str
     note: str = ""  # for a person, such as that there was less text than asked for
     bos: tuple[
         int, ...
     ] = ()  # the ids that the tokenizer puts before a text, most often one or none: each block has them
-    # bool [blocks, block], where a student is scored: the next token is a target. None: everywhere.
+    # bool [blocks, block], where `nll`, `kl` and `taylor` score a layer: the next token is a target. None: everywhere.
     scored: torch.Tensor | None = None
     kinds: tuple[str, ...] = ()  # what kind of text each block is, in a mixture
 
@@ -90,7 +91,7 @@ def load_text(
         - a Hub data set, ``"owner/name"`` or ``"owner/name:configuration"``, of which the train rows are read
           as a stream (and kept in the cache: a later change on the Hub is not noticed).
         - a list of str, each a document.
-        - ``"mix"``: texts of six kinds, most of them in the teacher's own words, scored where they answer
+        - ``"mix"``: texts of six kinds, most of them in the teacher's own words; layers are scored where they answer
           (`ildlab.text.mix`); a file of such rows, which `ildlab.text.make_mix` makes for any teacher; ``"mix:copies"``
           for one kind.
         - two or more joined by ``+``, such as ``"mix*3+mine.txt"``: a mixture, by blocks and weights. To calibrate, all kinds
@@ -126,11 +127,17 @@ def load_text(
     terms = summands(source) if isinstance(source, str) else []
     if len(terms) > 1:
         return _mixture(source, terms, tokenizer, tokens, block=block, split=split, seed=seed, text_column=text_column)
-    source = terms[0][0] if terms else source  # a weight says nothing where there is one source
-    if terms and (file := rows_file(source)):
+    # A weight says nothing where there is one source.
+    return _one(terms[0][0] if terms else source, tokenizer, tokens, block, split, seed, text_column)
+
+
+def _one(source, tokenizer, tokens: int | None, block: int, split: str, seed: int, text_column: str | None):
+    """Blocks of one source, whose name is not taken apart any more."""
+    bos = opening_ids(tokenizer)
+    if isinstance(source, str) and (file := rows_file(source)):
         rows = rows_of(file[1], kind_of(source), split, seed)
         if any(context for parts in rows for context in parts[::2]):
-            return _of_rows(rows, source, tokenizer, bos, tokens, block=block, split=split, seed=seed)
+            return _of_rows(rows, source, tokenizer, tokens, block=block, split=split, seed=seed)
         documents = Documents(source, None, lambda: iter("".join(parts) for parts in rows))
     else:
         documents = find_documents(source, split=split, seed=seed, text_column=text_column)
@@ -170,7 +177,7 @@ def _mixture(source: str, terms, tokenizer, tokens: int | None, **options: Any) 
     parts = []
     for name, weight in zip(names, weights, strict=True):
         share = None if total is None else (int(total * weight / sum(weights)) + 2) * options["block"]
-        parts.append(load_text(name, tokenizer, tokens=share, **options))
+        parts.append(_one(name, tokenizer, share, **options))
     order = interleaved([len(part) for part in parts], weights, total)
     tokens_ = torch.stack([parts[p].tokens[row] for p, row in order])  # [blocks, block]
     scored = None
@@ -186,21 +193,15 @@ def _mixture(source: str, terms, tokenizer, tokens: int | None, **options: Any) 
     return replace(parts[0], source=source, fingerprint=_fingerprint(tokens_, scored), **more)
 
 
-def _of_rows(
-    rows: list[list[str]], source: str, tokenizer, bos: tuple[int, ...], tokens: int | None, **options: Any
-) -> TextBlocks:
+def _of_rows(rows: list[list[str]], source: str, tokenizer, tokens: int | None, **options: Any) -> TextBlocks:
     """Blocks of rows with targets, each row whole, an EOS after it."""
-    after, texts = _separator(tokenizer), [part for parts in rows for part in parts]
-    ids = iter(_encode(tokenizer, texts))
-    encoded = []
-    for parts in rows:
-        pieces = [next(ids) for _ in parts]
-        said = [number % 2 == 1 for number, piece in enumerate(pieces) for _ in piece]
-        encoded.append(([i for piece in pieces for i in piece] + [after], [*said, False]))
-    block = options["block"]
+    encoded, bos, block = _encoded_rows(rows, tokenizer), opening_ids(tokenizer), options["block"]
     most = None if tokens is None else tokens // block
     found, scored = (torch.from_numpy(each) for each in packed(encoded, block - len(bos), most))
     note = f"{tokens:,} tokens were asked for; {source} has {found.numel():,}." if len(found) < (most or 0) else ""
+    long = sum(len(ids) > block - len(bos) for ids, _ in encoded)
+    if long and note:
+        note += f" {long} of its {len(encoded)} rows are longer than a block, and left out."
     if len(found) < 1:
         longest = max(len(ids) for ids, _ in encoded) if encoded else 0
         advice = (
@@ -215,6 +216,18 @@ def _of_rows(
     kinds = (kind_of(source),) * len(found)
     print_ = _fingerprint(found, scored)
     return TextBlocks(found, source, options["split"], options["seed"], print_, note, bos, scored, kinds)
+
+
+def _encoded_rows(rows: list[list[str]], tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of each row, as a text in one piece, and which of them end in a target."""
+    texts = ["".join(parts) for parts in rows]
+    how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    found, after, encoded = tokenizer(texts, return_offsets_mapping=True, **how), _separator(tokenizer), []
+    for parts, ids, places in zip(rows, found["input_ids"], found["offset_mapping"], strict=True):
+        ends = np.cumsum([len(part) for part in parts])  # context, target, context, ... end here
+        said = np.searchsorted(ends, [end - 1 for _, end in places], side="right") % 2 == 1
+        encoded.append(([*ids, after], [*said.tolist(), False]))
+    return encoded
 
 
 # ---- documents to one stream of tokens -------------------------------------------------------------

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -161,12 +162,30 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _holds_rows(path: Path) -> bool:
-    """Whether the first line of a JSONL file is a row with parts; what it is else, who reads it as text finds out."""
+    """Whether the first line of a JSONL file is a row of a kind; what it is else, who reads it as text finds out."""
     try:
         first = json.loads(next(_lines(path), "null"))
-    except (ValueError, OSError, EOFError):
+    except (ValueError, OSError, EOFError, zlib.error):
         return False
-    return isinstance(first, dict) and "parts" in first
+    return isinstance(first, dict) and {"kind", "parts"} <= first.keys()
+
+
+def _told(path: Path) -> Iterator[str]:
+    try:
+        yield from _lines(path)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise TextError(f"{path} cannot be read to its end: {error}.") from error
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _is_kind(kind: Any) -> bool:
+    return isinstance(kind, str) and bool(kind) and not set(kind) & set(":+*")  # which a source's name is read by
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ...]:
@@ -177,13 +196,13 @@ def _read(path: Path) -> tuple[dict[str, Any], ...]:
 def _rows(path: Path, changed: int) -> tuple[dict[str, Any], ...]:
     """All rows of a file, checked."""
     found = []
-    for number, line in enumerate(_lines(path), 1):
-        row = json.loads(line)
+    for number, line in enumerate(_told(path), 1):
+        row = _parsed(line)
         parts = row.get("parts") if isinstance(row, dict) else None
         texts = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
-        if not texts or not parts or len(parts) % 2 or not isinstance(row.get("kind"), str):
+        if not texts or not parts or len(parts) % 2 or not _is_kind(row.get("kind")):
             raise TextError(
-                f'Row {number} of {path}: expected {{"kind": "...", "parts": [context, target, ...]}} with texts in pairs.'
+                f'Row {number} of {path}: expected {{"kind": "...", "parts": [context, target, ...]}} with texts in pairs, and no :, + or * in a kind.'
             )
         found.append(row)
     return tuple(found)

@@ -23,7 +23,7 @@ class Rows:
     mask: torch.Tensor | None  # [N, T] bool, False where a token is padding; None where nothing is
     source: str  # where they come from, for a person
     text: dict[str, str] = field(default_factory=dict)  # source, split, fingerprint of TextBlocks; else empty
-    scored: torch.Tensor | None = None  # [N, T] bool, where a student is scored; None: everywhere
+    scored: torch.Tensor | None = None  # [N, T] bool, where layers are scored; None: everywhere
     kinds: tuple[str, ...] = ()  # what kind of text each sequence is, of a mixture
 
     @classmethod

@@ -109,8 +109,10 @@ def mix_steps(
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             ids = [_encoded(tokenizer, text) for _, text in part]
-            for (split, text), answer in zip(part, continued(model, tokenizer, ids, most, draw.getrandbits(63))):
-                said = _cut(kind, tokenizer.decode(answer))
+            answers = continued(model, tokenizer, ids, most, draw.getrandbits(63))
+            for (split, text), prompt, answer in zip(part, ids, answers, strict=True):
+                # Behind its prompt, so that a tokenizer which opens a text with a space of its own keeps this one's.
+                said = _cut(kind, tokenizer.decode(prompt + answer)[len(tokenizer.decode(prompt)) :])
                 if said.strip():
                     made.append(
                         {"kind": "lists" if kind == "lists" else "answers", "split": split, "parts": [text, said]}
@@ -158,8 +160,10 @@ def _prompt(kind: str, draw: random.Random, passages: Sequence[str], tokenizer: 
         plain = words + draw.choice(SUMMARY)
         return split_of(passage), _asked(draw, tokenizer, f"Summarise this in one sentence.\n\n{words}", plain)
     everyday = _subjects().get("everyday", [])  # "The man lost his keys, so he"
-    words = draw.choice(everyday) if everyday and draw.random() < 0.4 else _slice(draw, passage, 12, 40)
-    return split_of(words), words
+    if everyday and draw.random() < 0.4:
+        words = draw.choice(everyday)
+        return split_of(words), words
+    return split_of(passage), _slice(draw, passage, 12, 40)
 
 
 def _asked(draw: random.Random, tokenizer: Any, message: str, plain: str) -> str:

@@ -244,6 +244,8 @@ class Stepper(Controls):
         changes: dict[str, Any] = {**self.loss.value, **self.scope.value}
         if preset or self.tokens.value != self.own.tokens:
             changes["tokens"] = self.tokens.value
+        if not preset and "tokens" in changes:
+            changes["local_tokens"] = self.tokens.value  # a person who asks for few means both stages
         if self.rate.value != self.own.learning_rate:
             changes["learning_rate"] = self.rate.value
         source = self.source.value.strip()
