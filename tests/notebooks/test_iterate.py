@@ -82,7 +82,14 @@ def test_a_run_whose_first_removal_costs_too_much_still_reports(parameters, tmp_
 
 
 @pytest.mark.parametrize(
-    "preset, notebook", [("demo", "iterate"), ("six_layers", "iterate"), ("qwen2.5-3b", "compare_methods")]
+    "preset, notebook",
+    [
+        ("demo", "iterate"),
+        ("six_layers", "iterate"),
+        ("eight_layers", "iterate"),
+        ("paper", "iterate"),
+        ("qwen2.5-3b", "compare_methods"),
+    ],
 )
 def test_presets_set_parameters_that_exist(preset, notebook):
     import papermill
@@ -90,10 +97,17 @@ def test_presets_set_parameters_that_exist(preset, notebook):
 
     from ildlab.distill.config import DistillConfig
     from ildlab.evaluate import load_suite
+    from ildlab.session.config import SessionConfig
+    from ildlab.session.loop import RunSettings
 
     values = yaml.safe_load((BATCH / "presets" / f"{preset}.yaml").read_text())
     assert values.keys() <= papermill.inspect_notebook(BATCH / f"{notebook}.ipynb").keys()
-    DistillConfig.from_dict({**values["distill"], **values.get("final", {})})
+    DistillConfig.from_dict({**values.get("distill", {}), **values.get("final", {})})
+    if notebook == "iterate":
+        known = SessionConfig.__dataclass_fields__.keys() & values.keys()
+        SessionConfig.of("smollm2-135m", {name: values[name] for name in known})
+        stops = RunSettings.__dataclass_fields__.keys() & values.keys() - {"distill"}  # there, whether it does
+        RunSettings(**{name: values[name] for name in stops})
     by_task = values.get("ablation") == "task"
     if by_task and not load_suite(values.get("ablation_suite") or values["suite"]).swept:
         assert values["race"] is False  # what is evaluated as a whole cannot stop early
