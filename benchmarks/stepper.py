@@ -29,6 +29,7 @@ def in_the_kernel() -> list[dict]:
         session = PruningSession.create(
             Path(folder) / "run",
             loaded,
+            text="python-docs",
             block=128,
             calibration_tokens=1024,
             train_tokens=8 * 512,
