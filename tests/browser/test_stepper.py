@@ -30,7 +30,7 @@ if (folder / "config.json").exists():
     session = PruningSession.open(folder)
 else:
     session = PruningSession.create(folder, "smollm2-135m", text="python-docs", block=32, calibration_tokens=128,
-                                    train_tokens=512, eval_tokens=128, metric="block_influence",
+                                    train_tokens=4096, eval_tokens=128, metric="block_influence",
                                     distill={"kl_positions": 8, "batch_size": 2, "scope": "neighbours", "local_tokens": 0,
                                              "hidden_weight": 1.0, "learning_rate": 2e-4})
 Stepper(session)""",
