@@ -41,14 +41,18 @@ class DistillStep:
         self.student, self.teacher, self.config = student, teacher, config
         self.first = student.position(trained[0])
         self.prefix = min(shared_prefix(student, teacher), self.first)
-        last = student.layer_ids[-1]
         # Layer id -> the teacher's depth whose hidden state it meets: after the layer of the same id.
-        self.depth = {i: len(teacher) if i == last else teacher.position(i) + 1 for i in points}
+        self.depth, self.ends = {i: self._depth_of(i) for i in points}, runs(student, trained)
         # The published formula adds both terms, even where the last trainable layer is the last layer.
         self.times = 2 if config.reduction == "paper" and len(points) == 1 else 1
-        self.ends = runs(student, trained)
         self.squares = torch.zeros(2, device=student.device)  # no copy to the host in a backward hook
         self.bottoms: BottomStore | None = None
+
+    def _depth_of(self, layer_id: int) -> int:
+        """The teacher's depth whose hidden state meets the student's after a layer; its last layer feeds the head."""
+        if layer_id == self.student.layer_ids[-1]:
+            return len(self.teacher)
+        return self.teacher.position(layer_id) + 1
 
     def keep_bottoms(self, rows: int, block: int) -> None:
         """Keep what frozen bottom layers give for a text of `rows` times `block` tokens, where memory allows."""
@@ -109,9 +113,7 @@ class DistillStep:
         """
         student, config = self.student, self.config
         batch = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-        depths = {
-            i: len(self.teacher) if i == student.layer_ids[-1] else self.teacher.position(i) + 1 for i in self.ends
-        }
+        depths = {i: self._depth_of(i) for i in self.ends}
         trunk, hidden, theirs = self._below(batch, rows, max(depths.values()), {*depths.values()})
         mask = batch.get("attention_mask")
         mask = torch.ones(hidden.shape[:2]) if mask is None else mask.float()  # [B, T]

@@ -182,6 +182,7 @@ class Trainer:
         self.masters.write(start)
         before = self._kl(batch)
         if after > before:
+            self.good = self.masters.copy()  # what a step that is not finite goes back to
             return f"the local stage did harm (KL {before:.3f} to {after:.3f}) and was taken back"
         self.masters.write(now)
         return ""

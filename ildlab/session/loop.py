@@ -169,14 +169,13 @@ def _finally_distilled(run: Run, changes: dict[str, Any]) -> bool:
     last = max(i for i, step in enumerate(run.path) if step.action == "remove")
     # Data order follows the place in the run, whatever seed the config names.
     wanted = _final_config(run, changes).to_dict() | {"seed": None}
-    found = [
+    return any(
         # An older ildlab knew of one stage.
         DistillConfig.from_dict({"local_tokens": 0} | step.args["config"] | {"seed": None}).to_dict() == wanted
         and step.args["gap"] == run.removed
         for step in run.path[last:]
         if step.action == "distill" and step.whole
-    ]
-    return any(found)
+    )
 
 
 def _checked(run: Run, settings: RunSettings) -> tuple[RunSettings, bool]:

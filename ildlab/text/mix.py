@@ -21,7 +21,7 @@ import numpy as np
 
 from ildlab.errors import TextError
 from ildlab.files import data_dir
-from ildlab.text.sources import exists, split_of
+from ildlab.text.sources import exists, expecting, split_of
 
 # Shares of a mix, by kind; 1 for any other. Prose is what most is lost and won back on: docs/distillation.md.
 WEIGHTS = {"prose": 4, "answers": 3, "copies": 2, "lists": 0.4, "arithmetic": 0.6}
@@ -170,13 +170,6 @@ def _holds_rows(path: Path) -> bool:
     return isinstance(first, dict) and {"kind", "parts"} <= first.keys()
 
 
-def _told(path: Path) -> Iterator[str]:
-    try:
-        yield from _lines(path)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise TextError(f"{path} cannot be read to its end: {error}.") from error
-
-
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
@@ -196,13 +189,16 @@ def _read(path: Path) -> tuple[dict[str, Any], ...]:
 def _rows(path: Path, changed: int) -> tuple[dict[str, Any], ...]:
     """All rows of a file, checked."""
     found = []
-    for number, line in enumerate(_told(path), 1):
+    with expecting("rows of text (one JSON value a line, in UTF-8)", path):
+        lines = list(_lines(path))
+    for number, line in enumerate(lines, 1):
         row = _parsed(line)
         parts = row.get("parts") if isinstance(row, dict) else None
         texts = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
         if not texts or not parts or len(parts) % 2 or not _is_kind(row.get("kind")):
             raise TextError(
-                f'Row {number} of {path}: expected {{"kind": "...", "parts": [context, target, ...]}} with texts in pairs, and no :, + or * in a kind.'
+                f'Row {number} of {path}: expected {{"kind": "...", "parts": [context, target, ...]}} with '
+                "texts in pairs, and no :, + or * in a kind."
             )
         found.append(row)
     return tuple(found)

@@ -144,7 +144,7 @@ def _file_texts(files: list[Path], text_column: str | None) -> Iterator[str]:
     prose = [file for file in files if file.name.lower().endswith((".txt", ".md"))]
     pages = []
     for file in prose:
-        with _expecting("UTF-8 text (iconv -f latin1 -t utf-8 converts it, if it is latin1)", file):
+        with expecting("UTF-8 text (iconv -f latin1 -t utf-8 converts it, if it is latin1)", file):
             pages.append(file.read_text(encoding="utf-8-sig"))
     # A short text is cut finer, so that each split gets its share of it.
     chunk = min(_MAX_CHUNK, max(200, sum(map(len, pages)) // 100))
@@ -158,7 +158,7 @@ def _file_texts(files: list[Path], text_column: str | None) -> Iterator[str]:
 
 
 @contextmanager
-def _expecting(kind: str, file: Path) -> Iterator[None]:
+def expecting(kind: str, file: Path) -> Iterator[None]:
     """Name the file in whatever a reader of text, JSON, gzip or parquet says of one that it cannot read."""
     try:
         yield
@@ -190,7 +190,7 @@ def _cuts(paragraph: str, limit: int) -> Iterator[str]:
 
 def _jsonl_texts(file: Path, text_column: str | None) -> Iterator[str]:
     opener = gzip.open if file.name.lower().endswith(".gz") else open
-    with _expecting("JSON lines (one JSON value a line, in UTF-8)", file):
+    with expecting("JSON lines (one JSON value a line, in UTF-8)", file):
         with opener(file, "rt", encoding="utf-8-sig") as lines:
             # A blank line is a row without text, so that a row's number is its line's.
             yield from _texts(file, (json.loads(line) if line.strip() else None for line in lines), text_column)
@@ -202,7 +202,7 @@ def _parquet_texts(file: Path, text_column: str | None) -> Iterator[str]:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise TextError(f"Reading {file} needs pyarrow: pip install 'ildlab[data]'.") from error
-    with _expecting("parquet", file), pq.ParquetFile(file) as table:
+    with expecting("parquet", file), pq.ParquetFile(file) as table:
         # The schema as a row: the column is chosen without reading the others.
         types = {field.name: field.type for field in table.schema_arrow}
         types = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in types.items()}
