@@ -20,7 +20,7 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb) notebooks/batch/iterate.ipynb
 # Added to pytest's run, such as PYTEST_FLAGS="-k text".
 PYTEST_FLAGS ?=
 
-.PHONY: help setup demo test lab bench lint browser
+.PHONY: help setup demo test lab bench models lint browser
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -69,6 +69,9 @@ lab: setup  ## Open JupyterLab on the first notebook
 bench: setup  ## What is fast, as ratios measured in one run, beside optipfair and TRL
 	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[$(EXTRAS),bench]"
 	$(BIN)/python benchmarks/run.py
+
+models: setup  ## Every family of transformers, small, tried: writes docs/models.md (some twenty minutes)
+	PYTHONPATH=. $(BIN)/python tools/model_matrix.py
 
 lint: $(STAMP)  ## Style and format
 	$(BIN)/ruff check .

@@ -83,10 +83,10 @@ def in_a_browser() -> list[dict]:
         answer_seconds,
         browser,
         jupyterlab,
+        pane,
         press,
         ready,
         run_all,
-        tab,
         wait_status,
     )
 
@@ -105,16 +105,17 @@ def in_a_browser() -> list[dict]:
         ready(page, address)
         start = time.perf_counter()
         run_all(page)
-        page.wait_for_selector(".jp-OutputArea img[alt^=Importance]", state="attached", timeout=240_000)
+        page.wait_for_selector(".ildlab-stepper svg.columns", state="attached", timeout=240_000)
         first = time.perf_counter() - start
         page.wait_for_selector(".ildlab-stepper", timeout=120_000)
         wait_status(page, "Ready|least important", 240)
         page.wait_for_function("window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status === 'idle'")
-        tab(page, "Remove and distill")
-        press(page, "Select the suggestion")
-        press(page, "Remove the selected layer")
+        page.locator(".ildlab-stepper svg.columns").first.focus()
+        page.keyboard.press("r")
         wait_status(page, "removed; undo brings it back")
+        pane(page, "Distill")
         press(page, "Distill")
+        pane(page, "Measure")
         wait_status(page, r"Distill: \d")
         answers = []
         for _ in range(10):

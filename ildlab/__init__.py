@@ -28,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "errors": ["IldlabError"],
         "progress": ["Progress", "drive", "lines"],
         "files": ["data_dir"],
+        "typed": ["read_parameters"],
         "model.load": ["LoadedModel", "load_model"],
         "model.stack": ["LayerStack"],
         "text.blocks": ["TextBlocks", "load_text"],

@@ -10,8 +10,20 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or in main memory."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")  # torch's, of either
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
+
+
 class IldlabError(Exception):
     """Base of every error that ildlab raises on purpose."""
+
+
+class ParameterError(IldlabError):
+    """A parameter of a notebook, or of a command, is of another type, or there is none such."""
 
 
 class ModelError(IldlabError):
@@ -52,6 +64,10 @@ class FileError(IldlabError):
 
 class JournalError(IldlabError):
     """A run folder holds no run, another one, or a damaged one, or is locked."""
+
+
+class PlotError(IldlabError, ValueError):
+    """A figure was asked for of what it cannot be drawn from."""
 
 
 class ExportError(IldlabError):

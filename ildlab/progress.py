@@ -10,6 +10,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
@@ -50,8 +51,9 @@ def relabel(work: Work[T], label: str, of: tuple[int, int] | None = None) -> Wor
                 yield Progress(*of, note, progress.partial, label)
     except StopIteration as stop:
         return stop.value
-    finally:
-        work.close()
+    except BaseException as error:
+        _end(work, error)
+        raise
 
 
 def _run(work: Work[T], see: Callable[[Progress], Any]) -> T:
@@ -61,8 +63,17 @@ def _run(work: Work[T], see: Callable[[Progress], Any]) -> T:
             see(next(work))
     except StopIteration as stop:
         return stop.value
-    finally:
-        work.close()
+    except BaseException as error:
+        _end(work, error)
+        raise
+
+
+def _end(work: Work[Any], error: BaseException) -> None:
+    """End a generator by what ended who drives it: Ctrl-C is the same in the middle of the work and between two parts."""
+    with suppress(StopIteration, type(error)):  # it comes out again; what comes from the cleaning up instead is told
+        if not isinstance(error, GeneratorExit):  # only that says that a person chose to stop
+            work.throw(error)
+    work.close()
 
 
 def lines(work: Work[T], *, every: float = 10.0) -> T:

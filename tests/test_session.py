@@ -147,11 +147,12 @@ def test_a_run_made_when_distillation_had_one_stage_stays_what_it_was(make):
     lines = (session.folder / "journal.jsonl").read_text().splitlines()
     for number, line in enumerate(lines):
         step = json.loads(line)
+        step.pop("sha256")
         if step["action"] == "distill":
             for name in ("local_tokens", "local_rate"):
                 del step["args"]["config"][name]
             step["args"]["config"] |= {"scope": "window(2)", "hidden_weight": 1.0, "batch_size": 4}
-            lines[number] = json.dumps(step)
+        lines[number] = json.dumps(step)
     (session.folder / "journal.jsonl").write_text("\n".join(lines) + "\n")
     again = PruningSession.open(session.folder, dtype="float32")
     assert again.config.distill["scope"] == "window(2)" and again.config.distill["learning_rate"] == 1e-3
@@ -436,8 +437,8 @@ def test_an_interrupted_distillation_survives_a_mistake(make):
     work = session.distill_steps(checkpoint_every=1)
     for _ in range(3):
         next(work)
-    with pytest.raises(MemoryError):
-        work.throw(MemoryError())
+    with pytest.raises(ZeroDivisionError):
+        work.throw(ZeroDivisionError())
     (checkpoint,) = (session.folder / "checkpoint").glob("*.safetensors")
     with pytest.raises(DistillError, match="scope"):
         session.distill(scope="everything")
@@ -460,8 +461,8 @@ def test_a_resumed_distillation_equals_an_unbroken_one(make):
     work = session.distill_steps(checkpoint_every=1)
     for _ in range(3):
         next(work)
-    with pytest.raises(MemoryError):
-        work.throw(MemoryError())
+    with pytest.raises(ZeroDivisionError):
+        work.throw(ZeroDivisionError())
     session.close()
     again = PruningSession.open(session.folder, dtype="float32")
     again.distill()
@@ -796,7 +797,8 @@ def test_create_costs_one_proof_and_undo_no_pass(make, monkeypatch):
 
         monkeypatch.setattr(cls, "forward", forward)
     session = make()
-    assert 0 < calls["model"] <= 4 and 0 < calls["layer"] <= 4
+    # The replay is proven (3), and that the whole, and a student without its middle layer, can be saved.
+    assert 0 < calls["model"] <= 12 and 0 < calls["layer"] <= 12
     session.remove(2)
     calls.update(model=0, layer=0)
     session.undo()

@@ -212,7 +212,7 @@ def test_html_shows_removed_layers(tiny):
     stack = LayerStack(tiny(4))
     stack.remove(2)
     html = stack._repr_html_()
-    assert "layer 2 (removed)" in html and 'title="layer 3"' in html
+    assert "<title>layer 2 (removed)" in html and "<title>layer 3; depth 3 of 3" in html
 
 
 def passes(monkeypatch, model) -> list[int]:

@@ -1,5 +1,6 @@
 """Suites, aggregates, quality loss, kept results, and the ablation of a suite's score."""
 
+import gzip
 import json
 import time
 
@@ -106,6 +107,50 @@ def test_local_files_are_suites(tmp_path):
     assert [task.kind for task in suite.tasks] == ["multiple_choice", "multiple_choice"]
     assert [task.chance for task in suite.tasks] == pytest.approx([1 / 3, 1 / 2])
     assert suite.swept
+
+
+CLOZE = {"context": "Où est le café", "continuation": "là"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_suites_and_their_rows_in_what_a_byte_order_mark_says(tmp_path, encoding):
+    (tmp_path / "q.jsonl").write_bytes((json.dumps(CLOZE, ensure_ascii=False) + "\r\n").encode(encoding))
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress((tmp_path / "q.jsonl").read_bytes()))
+    (tmp_path / "s.yaml").write_bytes("name: été\ntasks: [{name: a, file: q.jsonl}]\n".encode(encoding))
+    suite = load_suite(tmp_path / "s.yaml")
+    assert suite.name == "été" and suite.tasks[0].rows == (CLOZE,)
+    assert load_suite(f"file:{tmp_path}/q.jsonl,{tmp_path}/q.jsonl.gz").tasks[1].rows == (CLOZE,)
+
+
+def test_suites_and_rows_in_another_encoding_are_refused_by_name(tmp_path):
+    (tmp_path / "s.yaml").write_bytes("name: été\ntasks: [{name: a, file: q.jsonl}]".encode("latin1"))
+    with pytest.raises(SuiteError, match="s.yaml cannot be read: byte 0xE9 at offset 6 .*'été' in windows-1252"):
+        load_suite(tmp_path / "s.yaml")
+    row = json.dumps(CLOZE, ensure_ascii=False)
+    for encoding, message in {"latin1": "byte 0xF9 at offset 14", "utf-16le": "iconv -f utf-16le -t utf-8"}.items():
+        (tmp_path / "q.jsonl").write_bytes(row.encode(encoding))
+        with pytest.raises(SuiteError, match=f"q.jsonl cannot be read: .*{message}"):
+            load_suite(f"file:{tmp_path}/q.jsonl")
+    (tmp_path / "q.jsonl").write_text(json.dumps(CLOZE | {"context": "\ud800"}))
+    with pytest.raises(SuiteError, match="q.jsonl line 1: it holds half a character"):
+        load_suite(f"file:{tmp_path}/q.jsonl")
+
+
+def test_a_comma_in_a_path_that_is_there_separates_nothing(tmp_path):
+    (tmp_path / "mine, all").mkdir()
+    files = [tmp_path / name for name in ("a.jsonl", "a.jsonl,b.jsonl", "mine, all/c,d.jsonl", "e@3")]
+    for file in files:
+        file.write_text(json.dumps({"context": file.name, "continuation": "x"}) + "\n")
+
+    def read(names):
+        return [task.rows[0]["context"] for task in load_suite(f"file:{names}").tasks]
+
+    for file in files:
+        assert read(file) == [file.name]
+    assert read(f"{files[2]}, {files[0]}") == ["c,d.jsonl", "a.jsonl"]
+    assert read(f"{files[3]},{files[2]}@1") == ["e@3", "c,d.jsonl"]
+    with pytest.raises(SuiteError, match="absent.jsonl cannot be read"):
+        load_suite(f"file:{files[2]},{tmp_path}/absent.jsonl,{files[0]}")
 
 
 @pytest.mark.parametrize(

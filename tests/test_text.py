@@ -18,6 +18,7 @@ from ildlab.errors import TextError
 from ildlab.importance.samples import Positions
 from ildlab.text import blocks as text
 from ildlab.text import sources as documents
+from ildlab.text import stream
 from ildlab.text.blocks import load_text, tokenizer_fingerprint
 from ildlab.text.rows import Rows
 from ildlab.text.sources import SPLITS, find_documents, split_of
@@ -136,7 +137,7 @@ def test_what_opens_a_block_and_what_stands_between_documents(special, first, af
 
 
 def test_every_block_begins_with_the_bos_and_none_is_a_target(cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "_MAPPED", 100)  # so that this small source counts as large, and is cached
+    monkeypatch.setattr(stream, "_MAPPED", 100)  # so that this small source counts as large, and is cached
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, prose(300))))
     opening, plain = (make_tokenizer(bos="<s>", eos="</s>", opens=opens) for opens in (True, False))
     load = functools.partial(load_text, tmp_path / "a.jsonl", split="train", tokens=16 * 40 + 7)
@@ -148,7 +149,7 @@ def test_every_block_begins_with_the_bos_and_none_is_a_target(cache, tmp_path, m
     assert "BOS 1" in repr(blocks) and "BOS" not in repr(without)
     assert "BOS" in Rows.of(blocks).source and "BOS" not in Rows.of(without).source
     # The stream on disk has no BOS, so blocks of another length are cut from it.
-    monkeypatch.setattr(text, "_encode", None)
+    monkeypatch.setattr(text, "_encode", lambda *given: pytest.fail("tokenised anew"))
     again = load(opening, block=8)
     assert bool((again.tokens[:, 0] == 1).all())
     n = again.tokens[:, 1:].numel()
@@ -282,7 +283,7 @@ def test_cache_is_used_kept_true_and_survives_damage(cache, tokenizer, monkeypat
     folder = tmp_path / "samples"
     folder.mkdir()
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, prose(300))))
-    monkeypatch.setattr(text, "_MAPPED", 1000)  # so that this small source counts as large
+    monkeypatch.setattr(stream, "_MAPPED", 1000)  # so that this small source counts as large
     encoded = []
     encode = text._encode
     monkeypatch.setattr(text, "_encode", lambda tok, batch: encoded.append(len(batch)) or encode(tok, batch))
@@ -300,13 +301,14 @@ def test_cache_is_used_kept_true_and_survives_damage(cache, tokenizer, monkeypat
     assert n > 150 and torch.equal(whole.tokens[:32], part.tokens)
     again, n = load()
     assert n == 0 and again.fingerprint == whole.fingerprint
-    assert isinstance(np.load(next((cache / "text").glob("*-all.npy")), mmap_mode="c"), np.memmap)
+    assert isinstance(stream._kept(next((cache / "text").glob("*-all.int32")), None, whole=True)[0], np.memmap)
     again.tokens[0, 0] += 1  # private to this process: the file stays as it was
     assert load()[0].fingerprint == whole.fingerprint
 
-    for file in (cache / "text").glob("*.npy"):
+    for file in (cache / "text").glob("*.int32"):
         file.write_bytes(file.read_bytes()[:100])
-    again, n = load()
+    with pytest.warns(UserWarning, match="-all.int32 is damaged"):
+        again, n = load()
     assert n > 150 and again.fingerprint == whole.fingerprint
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, prose(300, seed=1))))
     again, n = load()
@@ -381,7 +383,11 @@ def test_bad_files(tmp_path, tokenizer):
     refused("empty.txt", b"", "is empty")
     refused("blank.txt", b" \n\n \n", "is empty")
     refused("short.md", b"Hello.", "too short|is empty")
-    refused("latin.txt", "é".encode("latin1") * 500, "latin.txt cannot be read as UTF-8 .*iconv")
+    refused(
+        "latin.txt",
+        "é".encode("latin1") * 500,
+        "latin.txt cannot be read as text: byte 0xE9 at offset 0 .*'é.* in windows-1252",
+    )
     refused("image.png", b"\x89PNG", "no file that ildlab reads")
     refused("broken.jsonl", b'{"text": "a"}\n{"text": ', "cannot be read as JSON lines")
     refused("number.jsonl", b'{"text": "a"}\n{"text": 3}\n', "Row 2 .* holds int")

@@ -10,8 +10,11 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from ildlab.errors import IldlabError
+from ildlab import errors
+from ildlab.errors import IldlabError, ParameterError
+from ildlab.typed import read_parameters
 
 
 def notebooks_dir() -> Path:
@@ -32,6 +35,19 @@ def run_folder(base: Path) -> Path:
         number += 1
 
 
+def read_as(known: dict[str, dict], given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as their types in the notebook, which `inspect_notebook` tells; ParameterError where there is none such.
+
+    papermill only warns of those that it does not know, and runs without them.
+    """
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ParameterError(f"There is no parameter {', '.join(map(repr, unknown))}. There are: {', '.join(known)}.")
+    read = {"__annotations__": {name: known[name]["inferred_type_name"] for name in given}, **given}
+    read_parameters(read)
+    return {name: read[name] for name in given}
+
+
 def main(arguments: list[str] | None = None) -> Path:
     """Run the demo. Arguments `name=value` override parameters of the notebook; `preset=NAME` takes another preset."""
     import papermill
@@ -48,9 +64,9 @@ def main(arguments: list[str] | None = None) -> Path:
     if not preset.is_file():
         known = ", ".join(sorted(path.stem for path in preset.parent.glob("*.yaml")))
         raise IldlabError(f"There is no preset {preset.stem!r}; there are: {known}.")
-    parameters = yaml.safe_load(preset.read_text()) | {n: yaml.safe_load(v) for n, v in given.items()}
-    folder = Path(parameters.pop("run_folder", None) or run_folder(Path("runs/demo")))
-    folder = folder.resolve()
+    known = papermill.inspect_notebook(batch / "iterate.ipynb")
+    parameters = read_as(known, yaml.safe_load(preset.read_text(encoding="utf-8")) | given)
+    folder = Path(parameters.get("run_folder") or run_folder(Path("runs") / preset.stem)).expanduser().resolve()
     # The report is written beside the run: papermill needs its folder before the session makes it.
     reports = folder.with_name(folder.name + "-report")
     reports.mkdir(parents=True, exist_ok=True)
@@ -62,16 +78,21 @@ def main(arguments: list[str] | None = None) -> Path:
     logging.getLogger("papermill.notebook").setLevel(logging.INFO)
     start = time.perf_counter()
     report = reports / "report.ipynb"
-    papermill.execute_notebook(
-        batch / "iterate.ipynb",
-        report,
-        parameters=parameters,
-        log_output=True,
-        progress_bar=False,
-        kernel_name="python3",
-        stdout_file=sys.stdout,
-        stderr_file=sys.stderr,
-    )
+    try:
+        papermill.execute_notebook(
+            batch / "iterate.ipynb",
+            report,
+            parameters=parameters,
+            log_output=True,
+            progress_bar=False,
+            kernel_name="python3",
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
+    except papermill.PapermillExecutionError as error:
+        if not hasattr(errors, error.ename):
+            raise
+        raise IldlabError(error.evalue) from error
     html, _ = HTMLExporter().from_filename(str(report))
     page = folder / "report.html"
     page.write_text(html, encoding="utf-8")

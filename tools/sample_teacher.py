@@ -23,7 +23,7 @@ import torch
 from ildlab.files import data_dir, write_atomic
 from ildlab.model.load import load_model
 from ildlab.progress import Progress, Work
-from ildlab.text.blocks import opening_ids
+from ildlab.text.blocks import opened, opening_ids
 from ildlab.text.sources import SPLITS, find_documents
 from ildlab.text.teacher_text import check_end, continued, mix_steps
 
@@ -62,14 +62,12 @@ def sample_steps(
     """
     check_end(tokenizer)
     # Without a BOS, a text begins as it does in packed text: behind an EOS.
-    lead = list(opening_ids(tokenizer)) or [tokenizer.eos_token_id]
+    lead = opening_ids(tokenizer) or (tokenizer.eos_token_id,)
     draw = random.Random(seed)
     source, texts, done = prompts(tokenizer, draw), [], 0
     while done < tokens:
         batch = [tokenizer(next(source), add_special_tokens=False)["input_ids"] for _ in range(rows)]
-        batch = [
-            ids if ids[: len(lead)] == lead else lead + ids for ids in batch
-        ]  # a chat template may put BOS itself
+        batch = [opened(lead, ids) for ids in batch]
         new = max(1, length - max(map(len, batch)))
         for ids, said in zip(batch, continued(model, tokenizer, batch, new, draw.getrandbits(63)), strict=True):
             document = ids + said

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -72,9 +73,19 @@ def save_checkpoint(
         # A weight that no gradient has reached has no state.
         for key, value in optimizer.state.get(master, {}).items():
             tensors[f"{key}/{at}"] = value
+    tensors = {k: t.contiguous().cpu() for k, t in tensors.items()}
     told = {"identity": name, "seconds": repr(seconds), "history": json.dumps(history)}
     with atomic_file(path) as temporary:
-        save_file({k: t.contiguous() for k, t in tensors.items()}, temporary, metadata=told)
+        save_file(tensors, temporary, metadata=told | {"sha256": _sum_of(tensors, told)})
+
+
+def _sum_of(tensors: dict[str, Tensor], told: dict[str, str]) -> str:
+    """sha256 (hex) of what a checkpoint holds."""
+    digest = hashlib.sha256(f"{told['identity']}{told['seconds']}{told['history']}".encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: Path | str, name: str) -> Checkpoint | None:
@@ -96,6 +107,8 @@ def load_checkpoint(path: Path | str, name: str) -> Checkpoint | None:
                     "start anew, or give the settings it was made with."
                 )
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+            if told.get("sha256", "") not in ("", _sum_of(tensors, told)):  # an older ildlab took none
+                raise ValueError("its sha256 is not that of what was written")
+    except (OSError, ValueError, SafetensorError) as error:
         raise DistillError(f"{path} cannot be read as a checkpoint ({error}). Delete it to start anew.") from error
     return Checkpoint(tensors, json.loads(told["history"]), float(told["seconds"]))

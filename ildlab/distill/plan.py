@@ -11,6 +11,7 @@ import pandas as pd
 from ildlab.distill.config import DistillConfig, DistillResult
 from ildlab.distill.scope import match_points, resolve_scope, runs
 from ildlab.errors import DistillError
+from ildlab.limits import check_input
 from ildlab.model.stack import LayerStack
 from ildlab.text.rows import Rows
 
@@ -28,8 +29,9 @@ class Plan:
 
     @classmethod
     def of(cls, student: LayerStack, teacher: LayerStack, blocks: Any, config: DistillConfig | None, gap) -> Plan:
-        """Check everything that can be wrong before anything changes; raises DistillError or TextError."""
+        """Check everything that can be wrong before anything changes; raises DistillError, TextError or ModelError."""
         config, text = config or DistillConfig(), Rows.of(blocks)
+        check_input(student.model, text.tokens)
         if student.model is teacher.model:
             raise DistillError("Student and teacher are the same model: make the student with teacher.share().")
         if student.hidden_size != teacher.hidden_size:

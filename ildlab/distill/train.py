@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,24 @@ from ildlab.distill.config import DistillConfig, DistillResult
 from ildlab.distill.masters import Masters, peak_memory, reset_peak_memory
 from ildlab.distill.plan import Plan
 from ildlab.distill.step import DistillStep
-from ildlab.errors import NotFiniteError
-from ildlab.files import write_atomic
+from ildlab.errors import DistillError, IldlabError, NotFiniteError, out_of_memory
+from ildlab.files import write_atomic, writing
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work, blocking
+from ildlab.typed import reading
 
 SNAPSHOT = 16  # optimizer steps between copies of the weights that a step which is not finite falls back to
 CHECKPOINT_SECONDS = 60.0  # between checkpoints, unless the config says how many steps
 
 
+@reading(DistillError)
 def distill_steps(
     student: LayerStack,
     teacher: LayerStack,
     blocks: Any,
     config: DistillConfig | None = None,
     *,
-    gap: int | Sequence[int] = (),
+    gap: int | list[int] = (),
     checkpoint: Path | str | None = None,
     metrics_path: Path | str | None = None,
 ) -> Work[DistillResult]:
@@ -63,6 +65,8 @@ def distill_steps(
         The scope or text does not fit; the checkpoint belongs to something else.
     NotFiniteError
         The loss or its gradient stopped being finite (the message says where, and what to try).
+    FileError
+        Checkpoint or metrics could not be written.
     """
     plan = Plan.of(student, teacher, blocks, config, gap)
     state = _processes(student.device)
@@ -85,7 +89,7 @@ def distill_steps(
         while trainer.done < plan.steps:
             record = trainer.step(global_batch(trainer.done, plan.text, plan.config))
             if metrics_path:
-                with open(metrics_path, "a", encoding="utf-8") as file:
+                with writing(metrics_path), open(metrics_path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
             every = plan.config.checkpoint_every
             due = trainer.done % every == 0 if every else time.perf_counter() - saved > CHECKPOINT_SECONDS
@@ -94,6 +98,13 @@ def distill_steps(
                 saved = time.perf_counter()
             yield Progress(trainer.done, plan.steps, step_note(record), record)
         return plan.result(trainer.history, trainer.seconds, peak_memory(student.device))
+    except Exception as error:
+        if isinstance(error, IldlabError) or not out_of_memory(error):
+            raise
+        raise DistillError(
+            "Out of memory, with a single sequence in a micro-batch too: take shorter blocks, train fewer layers (scope), "
+            "or sample positions (kl_positions)."
+        ) from error
     finally:
         for param in student.model.parameters():
             param.grad = None
@@ -111,6 +122,7 @@ class Trainer:
 
     def __init__(self, student: LayerStack, teacher: LayerStack, plan: Plan, state):
         self.plan, self.state = plan, state
+        self.micro_batch, self._notes = plan.config.micro_batch, []  # halved where memory does not do
         self.masters = Masters(student, plan.trained)
         self.loss = DistillStep(student, teacher, plan.trained, plan.points, plan.config)
         rows, block = plan.text.tokens.shape
@@ -145,11 +157,16 @@ class Trainer:
         Raises NotFiniteError before the update, so that a bad step changes nothing, with the last good weights.
         """
         config, masters = self.plan.config, self.masters
-        note = ""
+        self._notes = []
         if batch.step == self.plan.local_steps:  # what Adam knows of the local loss says nothing of the other
             self.optimizer.state.clear()
-            note = self._check_local(batch)
-        sums = self._accumulate(batch)  # [6 + points]
+            self._check_local(batch)
+        sums = self._fitting(lambda: self._accumulate(batch))  # [6 + points]
+        if self.state.num_processes > 1:
+            # Each loss is divided by the tokens of the whole batch, so gradients add up. In fp32, and once a step: DDP would
+            # add micro-batches and processes in the model's own dtype, and a bf16 model would follow another curve.
+            masters.sum_gradients()
+            torch.distributed.all_reduce(sums)
         norm = torch.nn.utils.clip_grad_norm_(masters.tensors, config.clip or math.inf)
         values = torch.cat([sums, norm.float()[None].to(sums.device)]).tolist()  # [7 + points]; the one host sync
         if not all(map(math.isfinite, values)):
@@ -166,47 +183,72 @@ class Trainer:
         local = self.plan.local_steps
         began = self.history[local - 1]["seconds"] if 0 < local <= batch.step else 0.0  # of this stage
         record = _record(batch, values, self.plan, rate, self.seconds, began)
-        self.history.append(record | ({"note": note} if note else {}))
+        self.history.append(record | ({"note": "; ".join(self._notes)} if self._notes else {}))
         return self.history[-1]
 
-    def _check_local(self, batch: GlobalBatch) -> str:
-        """Take the local stage back where it made the KL of this batch worse; returns what was done, if anything.
+    def _fitting(self, work: Callable[[], Tensor]) -> Tensor:
+        """Run work on a batch, with micro-batches half as large, which changes no result, where it is out of memory."""
+        while True:
+            share = self.plan.config.batch_size // self.state.num_processes
+            now = min(self.micro_batch or share, share)
+            try:
+                return work()
+            except Exception as error:
+                if not out_of_memory(error) or now == 1:
+                    raise
+            # Out of the except block: the traceback no longer holds the failed batch's tensors.
+            self.micro_batch = now // 2
+            self._notes.append(f"out of memory: micro_batch lowered to {self.micro_batch}")
+            self.optimizer.zero_grad()
+            for param in self.masters.params:
+                param.grad = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _check_local(self, batch: GlobalBatch) -> None:
+        """Take the local stage back where it made the KL of this batch worse.
 
         Near hidden states are not always near logits: the first token of a text is an attention sink in many models, with a
         norm a hundred times the others', and a run that ends where this is made may miss it.
         """
         start, self.start = self.start, []
         if not start:
-            return ""
+            return
         after, now = self._kl(batch), self.masters.copy()
         self.masters.write(start)
         before = self._kl(batch)
         if after > before:
             self.good = self.masters.copy()  # what a step that is not finite goes back to
-            return f"the local stage did harm (KL {before:.3f} to {after:.3f}) and was taken back"
-        self.masters.write(now)
-        return ""
+            self._notes.append(f"the local stage did harm (KL {before:.3f} to {after:.3f}) and was taken back")
+        else:
+            self.masters.write(now)
 
     @torch.no_grad()
     def _kl(self, batch: GlobalBatch) -> float:
         """KL to the teacher on a global batch, in nats a token."""
-        total = torch.zeros((), device=self.loss.squares.device)
-        for part in batch.parts(self.state.process_index, self.state.num_processes, self.plan.config.micro_batch):
-            positions = batch.positions[part] if batch.positions is not None else None  # [B, P]
-            total += self.loss(self.plan.text.batch(batch.rows[part]), batch.counts, positions)[1][0].to(total.device)
+
+        def mine() -> Tensor:
+            total = torch.zeros((), device=self.loss.squares.device)
+            for part in self._parts(batch):
+                positions = batch.positions[part] if batch.positions is not None else None  # [B, P]
+                found = self.loss(self.plan.text.batch(batch.rows[part]), batch.counts, positions)[1]  # [3 + points]
+                total += found[0].to(total.device)
+            return total
+
+        total = self._fitting(mine)
         if self.state.num_processes > 1:
             torch.distributed.all_reduce(total)
         return float(total) / batch.counts.kl
 
     def _accumulate(self, batch: GlobalBatch) -> Tensor:
-        """Leave the global batch's gradient in the masters; return its sums [6 + points].
+        """Leave the gradient of a process's part of the global batch in the masters; return its sums [6 + points].
 
         Loss, divergence, cross entropy, agreeing tokens, the distance at each point, and the squared norms of
         the gradients that divergence and hidden states send into the student.
         """
         squares = self.loss.squares.zero_()
         sums: Tensor | float = 0.0
-        for part in batch.parts(self.state.process_index, self.state.num_processes, self.plan.config.micro_batch):
+        for part in self._parts(batch):
             rows = batch.rows[part]  # [B]
             positions = batch.positions[part] if batch.positions is not None else None  # [B, P]
             if batch.step < self.plan.local_steps:
@@ -216,13 +258,10 @@ class Trainer:
             loss.backward()
             self.masters.gather()
             sums = sums + torch.cat([loss.detach()[None], stats.detach()])  # [1] + [3 + points]
-        sums = torch.cat([sums, squares.to(sums)])  # [4 + points] + [2]
-        if self.state.num_processes > 1:
-            # Each loss is divided by the tokens of the whole batch, so gradients add up. In fp32, and once a step: DDP would
-            # add micro-batches and processes in the model's own dtype, and a bf16 model would follow another curve.
-            self.masters.sum_gradients()
-            torch.distributed.all_reduce(sums)
-        return sums
+        return torch.cat([sums, squares.to(sums)])  # [4 + points] + [2]
+
+    def _parts(self, batch: GlobalBatch) -> list[list[int]]:
+        return batch.parts(self.state.process_index, self.state.num_processes, self.micro_batch)
 
 
 def _processes(device: torch.device):

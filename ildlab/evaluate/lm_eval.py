@@ -21,13 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import find_executable_batch_size
+from torch.nn.utils.rnn import pad_sequence
 
 from ildlab.errors import SuiteError, first_line
+from ildlab.evaluate.loglikelihood import ENGINE
 from ildlab.evaluate.results import SuiteResult, TaskResult
+from ildlab.limits import check_ids
 from ildlab.model.generate import plain_decoding
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
+from ildlab.text.blocks import opened, opening_ids
 
 try:
     import lm_eval
@@ -68,8 +73,8 @@ class LmEvalSuite:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) of task names, limit, lm-eval's version, and the files that lie in the folder."""
-        digest = hashlib.sha256(repr((self.names, self.limit, lm_eval.__version__)).encode())
+        """sha256 (hex) of task names, limit, lm-eval's version and ours, and the files that lie in the folder."""
+        digest = hashlib.sha256(repr((ENGINE, self.names, self.limit, lm_eval.__version__)).encode())
         for file in sorted(self.folder.iterdir()) if self.folder else ():
             if file.is_file() and file.suffix in TOLD:
                 digest.update(file.read_bytes())
@@ -102,12 +107,38 @@ class LmEvalSuite:
         return SuiteResult(self.name, self.fingerprint, results, notes=notes)
 
 
+class _Model(HFLM):
+    """`HFLM`, but for the texts of a tokenizer that appends an EOS by itself: here they are never ended."""
+
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        return opening_ids(self.tokenizer)
+
+    def tok_encode(self, string, add_special_tokens=None, left_truncate_len=None, **kwargs) -> list[int]:
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        ids = opened(self.opening, ids) if add_special_tokens in (None, True) else ids
+        check_ids(self.model, torch.tensor(ids), self.tokenizer)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+        rows = [self.tok_encode(string) for string in strings]
+        longest, most = max(map(len, rows)), left_truncate_len or sys.maxsize
+        if longest > most:
+            logging.getLogger("lm_eval").warning(f"Left truncation from {longest} tokens to {most}.")
+        rows = [torch.tensor(row[-most:], dtype=torch.long) for row in rows]
+        pad = {"batch_first": True, "padding_side": padding_side}
+        mask = pad_sequence([torch.ones_like(row) for row in rows], **pad)
+        return pad_sequence(rows, padding_value=self.tokenizer.pad_token_id, **pad), mask  # [B, T] each
+
+
 def _samples(batch_size: int, stack: LayerStack, tokenizer: Any, name: str, task: Any, limit: int | None) -> list:
     """A dict for each document of a task, with its measures."""
-    own = copy.deepcopy(tokenizer)  # it is given a padding token
+    own = copy.deepcopy(tokenizer)  # it is given a padding token, also where its own has no row in the embedding
+    if (own.pad_token_id or 0) >= stack.model.get_input_embeddings().weight.shape[0]:
+        own.pad_token = None
     # On a CPU torch's fp32 log_softmax errs by some 1e-5 a token.
     precise = "float64" if stack.device.type == "cpu" else "float32"
-    model = HFLM(stack.model, backend="causal", tokenizer=own, batch_size=batch_size, softmax_dtype=precise)
+    model = _Model(stack.model, backend="causal", tokenizer=own, batch_size=batch_size, softmax_dtype=precise)
     return lm_eval.evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0)["samples"][name]
 
 

@@ -3,8 +3,9 @@
 `ildlab.evaluate.packing` plans the passes. A model whose attention does not take packed trees (linear attention,
 ALiBi, flash attention) is found out on a small one, and gets a plain right-padded row for each request.
 
-Tokenisation follows lm-eval's `HFLM` to the letter: the context and the whole string are encoded, and
-the continuation is what the whole has beyond the context; an empty context is the BOS (or EOS) token.
+Tokenisation follows lm-eval's `HFLM`: the context and the whole string are encoded, and the continuation is what the whole
+has beyond the context; an empty context is the BOS (or EOS) token. But no text is ended: of a tokenizer that appends an EOS,
+lm-eval's contexts would end in it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from torch import Tensor
 
 from ildlab.errors import IldlabError, SuiteError
 from ildlab.evaluate.packing import Batch, Encoded, make_batches
+from ildlab.limits import check_ids, model_window
 from ildlab.model.head import chunk_rows
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
+from ildlab.text.blocks import encode_prompts
 
-ENGINE = 3  # raise it when scoring changes, so that kept results are not mistaken for today's
+ENGINE = 4  # raise it when scoring changes, so that kept results are not mistaken for today's
 
 
 @dataclass
@@ -49,11 +52,8 @@ class Outcomes:
 
 def window(stack: LayerStack, tokenizer: Any) -> int:
     """Longest input that the model was made for, as lm-eval resolves it."""
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if getattr(stack.config, name, None) is not None:
-            return int(getattr(stack.config, name))
     length = getattr(tokenizer, "model_max_length", None)
-    return int(length) if length is not None and length < 1e9 else 2048
+    return model_window(stack.model) or (int(length) if length is not None and length < 1e9 else 2048)
 
 
 def prefix_token(tokenizer: Any) -> int:
@@ -95,18 +95,22 @@ def _shift_spaces(context: str, continuation: str) -> tuple[str, str]:
     return (context[:-spaces], context[-spaces:] + continuation) if spaces else (context, continuation)
 
 
-def _encode_all(tokenizer: Any, strings: Iterable[str], special: bool) -> dict[str, tuple[int, ...]]:
-    """Token ids of each string, with the special tokens that the tokenizer adds (never a second BOS) or without."""
+def _encode_all(tokenizer: Any, strings: Iterable[str], opened: bool) -> dict[str, tuple[int, ...]]:
+    """Token ids of each string, opened as the tokenizer opens a text or bare, and never ended."""
     unique = list(dict.fromkeys(strings))
     if not unique:
         return {}
-    rows = tokenizer(unique, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    known = {text: tuple(row) for text, row in zip(unique, rows["input_ids"])}
-    mark = tokenizer.decode(prefix_token(tokenizer)) if special else ""
-    for text in unique if mark else ():
-        if text.startswith(mark):  # it opens with BOS already
-            known[text] = tuple(tokenizer.encode(text, add_special_tokens=False))
-    return known
+    if opened:
+        rows = encode_prompts(tokenizer, unique)
+    else:
+        rows = tokenizer(unique, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return {text: tuple(row) for text, row in zip(unique, rows, strict=True)}
+
+
+def check_requests(stack: LayerStack, encoded: Sequence[Encoded], tokenizer: Any) -> None:
+    """Raise ModelError where a request has a token that the model's embedding lacks, as context or as target."""
+    ids = {token for one in encoded for token in one.context + one.continuation}
+    check_ids(stack.model, torch.tensor(sorted(ids)), tokenizer)
 
 
 # ------------------------------------------------------------------- scoring

@@ -22,15 +22,16 @@ import numpy as np
 import yaml
 
 from ildlab.errors import SuiteError
-from ildlab.evaluate.loglikelihood import ENGINE, score_steps, window
+from ildlab.evaluate.loglikelihood import ENGINE, check_requests, score_steps, window
 from ildlab.evaluate.plan import Plan
 from ildlab.evaluate.results import SuiteResult, TaskResult
 from ildlab.evaluate.tasks import KINDS, Task, options, read_jsonl
-from ildlab.files import data_dir, write_atomic
+from ildlab.files import data_dir, exists, for_later, open_text, parted, write_atomic
 from ildlab.model.fingerprints import fingerprint
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Work, drive
 from ildlab.text.blocks import tokenizer_fingerprint
+from ildlab.typed import reading
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Suite:
         """Score a model; `suite_steps` is the way to call it."""
         length = window(stack, tokenizer)
         plan = self.plan(tokenizer, length)
+        check_requests(stack, plan.encoded, tokenizer)
         values = plan.example_values((yield from score_steps(stack, plan.encoded, plan.groups, note=self.name)))
         results, notes = {}, []
         for task, rows in zip(self.tasks, plan.task_rows()):
@@ -82,6 +84,7 @@ class Suite:
 # ------------------------------------------------------------------- loading
 
 
+@reading(SuiteError)
 def load_suite(suite: Any, *, limit: int | None = None) -> Any:
     """Load a suite, and check every row of it.
 
@@ -90,7 +93,8 @@ def load_suite(suite: Any, *, limit: int | None = None) -> Any:
     suite : str, Path or Suite
         - a name of those that ship: `"mini7"`, `"canaries"`, `"paper7"`;
         - a `.yaml` file, of ours or of lm-eval's;
-        - `"file:rows.jsonl"`, several with commas: each file is a task;
+        - `"file:rows.jsonl"`, several with commas: each file is a task. A comma in a path that is there separates
+          nothing: from the left, the longest stretch that is a path is one;
         - `"lm-eval:arc_easy,piqa"`: tasks of lm-eval (see `ildlab.evaluate.lm_eval`);
         - any of these with `@n`, such as `"mini7@40"`.
     limit : int, optional
@@ -109,7 +113,8 @@ def load_suite(suite: Any, *, limit: int | None = None) -> Any:
         raise SuiteError(f"limit={limit}: a task needs at least one example.")
     if isinstance(suite, (str, os.PathLike)):
         name, mark, rows = str(suite).rpartition("@")
-        if mark and rows.isdigit():
+        named = str(suite).startswith("file:") and exists(str(suite)[5:])  # as a whole
+        if mark and rows.isdigit() and not named:
             return load_suite(name, limit=min(int(rows), limit or int(rows)))
         loaded = _load(str(suite))
     elif hasattr(suite, "fingerprint"):
@@ -121,11 +126,11 @@ def load_suite(suite: Any, *, limit: int | None = None) -> Any:
 
 def _load(name: str) -> Any:
     prefix, mark, names = name.partition(":")
-    parts = [part.strip() for part in names.split(",")]
     if mark and prefix == "lm-eval":
-        return _of_lm_eval(parts)
+        return _of_lm_eval([part.strip() for part in names.split(",")])
     if mark and prefix == "file":
-        tasks = tuple(_read(path, {"name": path.stem}) for path in (Path(part).expanduser() for part in parts))
+        paths = [Path(part).expanduser() for part in parted(names, ",")]
+        tasks = tuple(_read(path, {"name": path.stem}) for path in paths)
         return Suite("+".join(task.name for task in tasks), tasks)
     path = Path(name).expanduser()
     return _from_yaml(path) if path.suffix in (".yaml", ".yml") else _shipped(name)
@@ -153,13 +158,16 @@ def _shipped(name: str) -> Any:
 
 def _from_yaml(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
-        theirs = re.search(r"^group: *(\S+)", text, re.M) or re.search(r"^task: *(\S+)", text, re.M)
-        if theirs:
-            return _of_lm_eval([theirs[1]], path.parent)
+        with open_text(path) as file:
+            text = file.read()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SuiteError(f"The suite file {path} cannot be read: {why}.") from error
+    theirs = re.search(r"^group: *(\S+)", text, re.M) or re.search(r"^task: *(\S+)", text, re.M)
+    if theirs:
+        return _of_lm_eval([theirs[1]], path.parent)
+    try:
         content = yaml.safe_load(text)
-    except OSError as error:
-        raise SuiteError(f"The suite file {path} cannot be read: {error.strerror or error}.") from error
     except yaml.YAMLError as error:
         raise SuiteError(f"The suite file {path} is not YAML: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), list):
@@ -211,7 +219,8 @@ def suite_steps(
     result = yield from suite.steps(stack, tokenizer)
     result.seconds = time.perf_counter() - start
     if kept is not None:
-        write_atomic(kept, json.dumps(result.to_dict()))
+        with for_later():
+            write_atomic(kept, json.dumps(result.to_dict()))
     return result
 
 

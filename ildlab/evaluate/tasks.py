@@ -13,6 +13,7 @@ the most likely one, so that nothing has to be generated.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ import numpy as np
 from ildlab.errors import SuiteError
 from ildlab.evaluate.loglikelihood import Outcomes, encode
 from ildlab.evaluate.packing import Encoded
+from ildlab.files import open_text
 from ildlab.typed import read_fields
 
 Kind = Literal["multiple_choice", "cloze", "copy"]
@@ -148,7 +150,14 @@ def check_row(row: Any, where: str, kind: str | None = None) -> tuple[str, dict]
     shape = _PLAIN if kind != "multiple_choice" else _PAIRS if "context_options" in row else _CHOICE
     for problem in _problems(row, shape):  # the first one says enough
         raise SuiteError(f"{where}: {problem}.")
-    return kind, {name: row[name] for name in shape}
+    kept = {name: row[name] for name in shape}
+    try:
+        json.dumps(kept, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise SuiteError(
+            f"{where}: it holds half a character, {error.object[error.start]!r}, which is no text."
+        ) from error
+    return kind, kept
 
 
 def _problems(row: dict, shape: dict[str, type]) -> Iterator[str]:
@@ -177,8 +186,9 @@ def read_jsonl(path: Path, kind: str | None = None) -> tuple[str, list[dict]]:
         The file is missing or empty, a line is not JSON, or a row is malformed (names file and line).
     """
     try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(path) as file:
+            content = file.read()
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise SuiteError(f"The task file {path} cannot be read: {error}.") from error
     rows = []
     # Not splitlines(): a JSON string may hold U+2028 and its like.

@@ -13,21 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from ildlab.errors import SuiteError
+from ildlab.errors import ModelError, ParameterError, SuiteError
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.results import SuiteResult
 from ildlab.evaluate.speed import generation_speed
 from ildlab.evaluate.suites import load_suite, suite_steps
+from ildlab.limits import check_input
 from ildlab.model.head import beside_teacher, in_fp64
 from ildlab.model.shared import both_final, shared_prefix
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work, blocking
 from ildlab.stats import interval, means, resamples
 from ildlab.text.rows import Rows
+from ildlab.typed import at_least_one, reading
 
 CANARIES = 20  # rows of each probe: they are to be cheap, and a collapse shows on few
 
 
+@reading(ParameterError)
 def evaluate_steps(
     student: LayerStack,
     teacher: LayerStack,
@@ -67,11 +70,17 @@ def evaluate_steps(
     ------
     TextError
         No block, or blocks of one token.
+    ModelError
+        Blocks are longer than the model's window, or hold a token that its embedding lacks; or a figure is not finite.
     SuiteError
         A suite was asked for without a tokenizer, or is malformed.
+    ParameterError
+        An argument is of another type, or a batch of none.
     """
     start = time.perf_counter()
+    at_least_one(ParameterError, batch_size=batch_size)
     rows = Rows.of(blocks)
+    check_input(student.model, rows.tokens, tokenizer=tokenizer)
     if (suite is not None or canaries) and tokenizer is None:
         raise SuiteError("Scoring a suite needs the tokenizer: pass tokenizer=loaded.tokenizer.")
     # Read (and so checked) before the minutes that the rest takes.
@@ -126,6 +135,7 @@ def _text_steps(student, teacher, rows: Rows, batch_size: int) -> Work[dict[str,
         owner = valid.nonzero()[:, 0]
         figures = in_fp64(torch.zeros(len(picked), 5, device=student.device))
         sums[picked] = figures.index_add_(0, owner, in_fp64(found).T).cpu().numpy()
+        _check_finite(sums, picked)
         count, nll, teacher_nll, kl, agreed = sums.sum(0).tolist()
         note = f"text: perplexity {math.exp(nll / count):.2f}, KL {kl / count:.4f}"
         yield Progress(int(picked[-1]) + 1, len(rows.tokens), note)
@@ -143,6 +153,17 @@ def _text_steps(student, teacher, rows: Rows, batch_size: int) -> Work[dict[str,
         "agreement": agreed / count,
         "tokens": int(count),
     }
+
+
+def _check_finite(sums: np.ndarray, picked: np.ndarray) -> None:
+    """Raise ModelError where a figure of these blocks is NaN, infinite, or a perplexity that no number holds."""
+    for name, column, most in (("teacher", 2, 700), ("student", 1, 700), ("student", 3, np.inf)):
+        bad = picked[~(np.abs(sums[picked, column]) / sums[picked, 0] < most)]  # exp(710) is too much for a float
+        if len(bad):
+            raise ModelError(
+                f"What the {name} gives on block {bad[0]} is not finite: its weights are damaged, or values overflow in its "
+                "dtype. Load it in float32 or bfloat16, or go back to a step before."
+            )
 
 
 def _sizes(stack: LayerStack, prefix: str) -> dict[str, int]:

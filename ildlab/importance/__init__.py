@@ -15,6 +15,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "dispatch": ["measure", "measure_steps"],
         "config": ["MeasureConfig", "options_of"],
         "agreement": ["rank_agreement"],
-        "hidden_states": ["block_distances", "drift", "logit_lens", "redundancy", "token_drift"],
+        "hidden_states": [
+            "block_distances",
+            *(
+                f"{name}{form}"
+                for name in ("drift", "logit_lens", "redundancy", "token_drift")
+                for form in ("", "_steps")
+            ),
+        ],
     },
 )

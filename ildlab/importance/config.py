@@ -106,7 +106,7 @@ def options_of(metric: str) -> set[str]:
 
 def check_options(metric: str, options: dict[str, Any]) -> MeasureConfig:
     """The config of a metric with these options; MeasureError as `MeasureConfig`."""
-    for name in sorted(set(options) - {f.name for f in fields(MeasureConfig)[1:]}):
+    for name in sorted(set(options) - {f.name for f in fields(MeasureConfig)[1:]}, key=str):
         raise _no_option(metric, name)
     return MeasureConfig(metric=metric, **options)
 

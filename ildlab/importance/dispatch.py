@@ -10,11 +10,14 @@ from ildlab.importance.config import ONE_PASS, check_options
 from ildlab.importance.one_pass import one_pass_steps
 from ildlab.importance.scores import LayerScores
 from ildlab.importance.task import task_steps
+from ildlab.limits import check_input
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Work, blocking
 from ildlab.text.rows import Rows
+from ildlab.typed import reading
 
 
+@reading(MeasureError)
 def measure_steps(
     student: LayerStack,
     blocks: Any,
@@ -41,6 +44,8 @@ def measure_steps(
     ------
     MeasureError
         Bad options, a missing teacher, suite or tokenizer, fewer than 2 sequences, or a score that is not finite.
+    ModelError
+        Sequences are longer than the model's window, or hold a token that its embedding lacks.
     """
     config = check_options(metric, options)
     if metric == "task":
@@ -58,6 +63,8 @@ def measure_steps(
     rows = None if metric == "magnitude" else Rows.of(blocks)
     if rows is not None and len(rows.tokens) < 2:
         raise MeasureError("1 sequence: an interval needs at least 2. Give more text, or shorter blocks.")
+    if rows is not None:
+        check_input(student.model, rows.tokens)
     if metric in ONE_PASS:
         return (yield from one_pass_steps(student, rows, config))
     return (yield from ablation_steps(student, rows, config, teacher))

@@ -20,20 +20,23 @@ from ildlab.errors import MeasureError
 from ildlab.importance.cka import Cka
 from ildlab.importance.one_pass import apart, token_mean
 from ildlab.importance.samples import rounds
+from ildlab.limits import check_input
 from ildlab.model.head import in_fp64, log_probabilities
 from ildlab.model.stack import LayerStack
-from ildlab.progress import Progress, Work, drive
+from ildlab.progress import Progress, Work, blocking
 from ildlab.stats import interval, mean, means, resamples
+from ildlab.text.blocks import encode_prompts
 from ildlab.text.rows import Rows
+from ildlab.typed import at_least_one
 
 AS = {"cosine": "block_influence", "relative_l2": "relative_l2"}  # kind of drift -> the same between two layers
 BATCH = 4  # sequences whose hidden states are in memory at one time
 TOKENS = 256  # whose [L+1, L+1] cosines are made at one time
 
 
-def redundancy(
-    model: LayerStack, blocks: Any, kind: str = "cosine", *, skip_first: bool = False, show: bool | None = None
-) -> pd.DataFrame:
+def redundancy_steps(
+    model: LayerStack, blocks: Any, kind: str = "cosine", *, skip_first: bool = False
+) -> Work[pd.DataFrame]:
     """Likeness (or distance) of every two hidden states h[i], h[j] on blocks, as `measure` takes them.
 
     Parameters
@@ -48,8 +51,10 @@ def redundancy(
     DataFrame [L+1, L+1], indexed both ways by layer id and, last, "out". MeasureError where it is not finite.
     """
     _check(kind, ("cosine", "angular", "cka"))
-    work = _redundancy_steps(model, kind, _batches(Rows.of(blocks), skip_first))
-    return drive(work, desc=f"redundancy ({kind})", show=show)
+    return (yield from _redundancy_steps(model, kind, _batches(_rows(model, blocks), skip_first)))
+
+
+redundancy = blocking(redundancy_steps)
 
 
 def block_distances(model: LayerStack, blocks: Any, **options: Any) -> pd.DataFrame:
@@ -70,15 +75,9 @@ def block_distances(model: LayerStack, blocks: Any, **options: Any) -> pd.DataFr
     return pd.DataFrame(triangle, pd.RangeIndex(1, depth + 1, name="n"), starts)
 
 
-def drift(
-    student: LayerStack,
-    teacher: LayerStack,
-    blocks: Any,
-    kind: str = "cosine",
-    *,
-    skip_first: bool = False,
-    show: bool | None = None,
-) -> pd.DataFrame:
+def drift_steps(
+    student: LayerStack, teacher: LayerStack, blocks: Any, kind: str = "cosine", *, skip_first: bool = False
+) -> Work[pd.DataFrame]:
     """How far the student's hidden states are from the teacher's at the same layer id, of which it has all.
 
     Parameters are those of `redundancy`, but for `kind`, {"cosine", "relative_l2"}: mean over tokens of 1 - cosine, or
@@ -91,12 +90,16 @@ def drift(
     """
     _check(kind, AS)
     _check_pair(student, teacher)
-    work = _drift_steps(student, teacher, kind, _batches(Rows.of(blocks), skip_first))
-    return drive(work, desc=f"drift ({kind})", show=show)
+    return (yield from _drift_steps(student, teacher, kind, _batches(_rows(student, blocks), skip_first)))
+
+
+drift = blocking(drift_steps)
 
 
 @torch.no_grad()
-def token_drift(student: LayerStack, teacher: LayerStack, text: Any, tokenizer: Any = None) -> pd.DataFrame:
+def token_drift_steps(
+    student: LayerStack, teacher: LayerStack, text: Any, tokenizer: Any = None
+) -> Work[pd.DataFrame]:
     """1 - cosine at every token of one text, a str (with a tokenizer) or int Tensor [T]; see `drift`.
 
     Returns
@@ -105,18 +108,24 @@ def token_drift(student: LayerStack, teacher: LayerStack, text: Any, tokenizer: 
         Indexed by layer id and "out"; columns are positions; `.attrs["tokens"]` holds their texts.
     """
     _check_pair(student, teacher)
-    ids, words = _encode(text, tokenizer)
-    rows = [apart(theirs, mine, AS["cosine"])[0] for mine, theirs in _pairs(student, teacher, ids)]  # [1, T] -> [T]
+    ids, words = _encode(student, text, tokenizer)
+    rows: list[Tensor] = []
+    for mine, theirs in _pairs(student, teacher, ids):
+        rows.append(apart(theirs, mine, AS["cosine"])[0])  # [1, T] -> [T]
+        yield Progress(len(rows), len(student) + 1)
     table = pd.DataFrame(torch.stack(rows).cpu().numpy(), index=_labels(student))
     table.columns.name = "position"
     table.attrs["tokens"] = words
     return table
 
 
+token_drift = blocking(token_drift_steps)
+
+
 @torch.no_grad()
-def logit_lens(
+def logit_lens_steps(
     model: LayerStack, text: Any, tokenizer: Any, *, teacher: LayerStack | None = None, top: int = 5
-) -> pd.DataFrame:
+) -> Work[pd.DataFrame]:
     """What each hidden state would predict if the model ended there, through its own final norm and head.
 
     nostalgebraist 2020, "interpreting GPT: the logit lens".
@@ -135,8 +144,10 @@ def logit_lens(
         `model` ("student" or "teacher"), `layer` (layer id or "out"), `position`, `token`, `top` (list of str),
         `probability` (list of float), `entropy` (nats), `target_probability` (of the token that follows; else NaN).
     """
-    ids, words = _encode(text, tokenizer)
-    tables = []
+    at_least_one(MeasureError, top=top)
+    ids, words = _encode(model, text, tokenizer)
+    tables: list[pd.DataFrame] = []
+    total = sum(len(stack) + 1 for stack in (model, teacher) if stack is not None)
     for who, stack in {"student": model, "teacher": teacher}.items():
         for layer, hidden in zip(_labels(stack), stack.walk(ids), strict=True) if stack is not None else ():
             log_p = log_probabilities(stack.logits(hidden[0]))  # [1, T, d] -> [T, V]
@@ -153,7 +164,11 @@ def logit_lens(
                 "target_probability": [*following.tolist(), np.nan],
             }
             tables.append(pd.DataFrame(columns).astype({"layer": object}))
+            yield Progress(len(tables), total)
     return pd.concat(tables, ignore_index=True)
+
+
+logit_lens = blocking(logit_lens_steps)
 
 
 def _check(kind: str, kinds: Iterable[str]) -> None:
@@ -170,20 +185,27 @@ def _check_pair(student: LayerStack, teacher: LayerStack) -> None:
         raise MeasureError(f"Student and teacher do not belong together: {widths}.")
 
 
+def _rows(model: LayerStack, blocks: Any) -> Rows:
+    rows = Rows.of(blocks)
+    check_input(model.model, rows.tokens)
+    return rows
+
+
 def _labels(stack: LayerStack) -> pd.Index:
     return pd.Index([*stack.layer_ids, "out"], name="layer_id", dtype=object)
 
 
-def _encode(text: Any, tokenizer: Any) -> tuple[Tensor, list[str]]:
+def _encode(model: LayerStack, text: Any, tokenizer: Any) -> tuple[Tensor, list[str]]:
     """Token ids [1, T] of a text, and what each of them says."""
     if not isinstance(text, str):
         ids = torch.as_tensor(text).reshape(1, -1).long()  # [T] -> [1, T]
     elif tokenizer is None:
         raise MeasureError("A text needs its tokenizer: give tokenizer=, or token ids [T].")
     else:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = torch.tensor(encode_prompts(tokenizer, [text]))
     if not ids.shape[1]:
         raise MeasureError("The text is empty: give at least one token.")
+    check_input(model.model, ids, tokenizer=tokenizer)
     return ids, [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids[0].tolist()]
 
 

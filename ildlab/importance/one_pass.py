@@ -22,6 +22,7 @@ fp32 on the device; one copy to the host a batch.
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -47,6 +48,8 @@ def one_pass_steps(student: LayerStack, rows: Rows | None, config: MeasureConfig
     metric, started = config.metric, time.perf_counter()
     if metric == "magnitude":
         sums = _magnitude(student)
+        if bad := [i for i, v in zip(student.layer_ids, sums, strict=True) if not math.isfinite(v)]:
+            raise MeasureError(f"magnitude of layer {bad[0]} is not finite: its weights are damaged. Load them again.")
         scores = LayerScores.exact(metric, "weights", student.layer_ids, sums, seconds=time.perf_counter() - started)
         yield Progress(1, 1, "", scores)
         return scores

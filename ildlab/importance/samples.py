@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ildlab.errors import MeasureError
+from ildlab.errors import MeasureError, out_of_memory
 from ildlab.importance.config import MeasureConfig
 from ildlab.importance.scores import LayerScores, by_kind
 from ildlab.model.head import in_fp64
@@ -81,13 +81,6 @@ def to_host(values: Tensor) -> np.ndarray:
     return in_fp64(values.detach()).cpu().numpy()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or in main memory."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-
-
 class SmallerOnOOM:
     """Run a job, row indices [n] -> Tensor [n, columns]; on an out-of-memory error halve the batch and say so.
 
@@ -108,7 +101,7 @@ class SmallerOnOOM:
                 rows = rows[len(part) :]
                 continue
             except Exception as error:
-                if not _is_out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if len(part) == 1:
                     advice = "Use shorter blocks, fewer `positions`, a lower `max_branch_bytes`, or offload layers."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ildlab.drawing.columns import columns_of, unit_of
+from ildlab.drawing.stack import Picture
 from ildlab.errors import MeasureError
 from ildlab.stats import expansion, interval, listed, mean, means, percentiles, ranks, resamples
 
@@ -248,16 +249,15 @@ class LayerScores:
         )
 
     def _repr_html_(self) -> str:
-        tied, least, kept = set(self.tied), self.least_important, set(self.finalists)
+        kept, tied, least = set(self.finalists), set(self.tied), self.least_important
         table = self.table.loc[self.ranking]
         shown = table[["score"]].assign(
             interval=[f"[{low:.4g}, {high:.4g}]" for low, high in zip(table.ci_low, table.ci_high, strict=True)],
             n=table.n,
         )
-        # A kind is named by a person: it may look like HTML, or be called as another column is.
-        kinds = self.per_kind.rename(columns=lambda kind: escape(kind) + " (text)" * (kind in shown))
-        shown = shown.join(kinds)
-        digits = {"score": "{:.4g}", **dict.fromkeys(kinds, "{:.3g}")}
+        # A kind is named by a person: it may be called as another column is.
+        kinds = self.per_kind.rename(columns=lambda kind: kind + " (text)" * (kind in shown))
+        shown = shown.join(kinds.map("{:.3g}".format))
         shown[""] = [
             "least important" if i == least else "tied with it" if i in tied else "" if i in kept else "dropped early"
             for i in shown.index
@@ -270,8 +270,10 @@ class LayerScores:
             f"Intervals: {100 * self.confidence:g}%."
         )
         head += " Scores are in units of each kind's median layer." if self.kinds else ""
-        name = f"{zlib.crc32(repr(self.to_dict()).encode()):08x}"  # the page of the same scores is the same
-        style = shown.rename_axis("layer").style.set_uuid(name).format(digits)
-        style = style.bar(["score"], color="rgba(128, 128, 128, .4)", align="left", vmin=min(0, table.score.min()))
-        page = style.set_table_attributes("aria-label='Importance by layer'").to_html()
-        return f"<div>{head}{page}</div>"
+        page = shown.rename_axis("layer").to_html(border=0, float_format="{:.4g}".format)
+        return f"<div>{head}{self.picture().html()}<details><summary>the numbers</summary>{page}</details></div>"
+
+    def picture(self) -> Picture:
+        """The scores as columns on the stack, layers between them that are gone hatched."""
+        columns = columns_of(range(max(self.layer_ids) + 1), self, here=self.layer_ids)
+        return Picture(columns, f"Importance by {self.metric}", unit_of(self), probability=self.separation())

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from ildlab.errors import MeasureError
-from ildlab.evaluate.loglikelihood import Outcomes, batch_tokens, largest_tree, model_inputs, read_out, window
+from ildlab.evaluate.loglikelihood import (
+    Outcomes,
+    batch_tokens,
+    check_requests,
+    largest_tree,
+    model_inputs,
+    read_out,
+    window,
+)
 from ildlab.evaluate.packing import make_batches
 from ildlab.evaluate.plan import Plan
 from ildlab.evaluate.results import SuiteResult
@@ -68,6 +76,7 @@ def task_steps(student: LayerStack, config: MeasureConfig, tokenizer: Any) -> Wo
 def _sweep_steps(student: LayerStack, suite: Any, config: MeasureConfig, tokenizer: Any) -> Work[LayerScores]:
     started, depth = time.perf_counter(), len(student)
     plan = suite.plan(tokenizer, window(student, tokenizer))
+    check_requests(student, plan.encoded, tokenizer)
     job = TaskSweep(student, plan, config.max_branch_bytes)
     race = Race(student.layer_ids, config.confidence, config.tie)
     parts = parts_of(plan, np.random.default_rng(config.seed)) if config.race else [np.arange(plan.examples)]

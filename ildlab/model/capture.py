@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +27,10 @@ class Trunk:
 class Stub(nn.Module):
     """Stands in for the whole stack and returns a given hidden state."""
 
-    def __init__(self, like: nn.Module, returns_tuple: bool):
+    def __init__(self, like: nn.Module, answer: Callable[[Tensor], Any]):
         super().__init__()
         object.__setattr__(self, "_like", like)
-        self._returns_tuple = returns_tuple
+        self._answer = answer  # a hidden state in the form in which the layer returns it
         self.hidden: Tensor | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -41,7 +41,15 @@ class Stub(nn.Module):
             return getattr(object.__getattribute__(self, "_like"), name)
 
     def forward(self, *args, **kwargs):
-        return (self.hidden,) if self._returns_tuple else self.hidden
+        return self._answer(self.hidden)
+
+
+def shape_of(out: Any) -> Callable[[Tensor], Any]:
+    """How a layer that returned `out` returns a hidden state: bare, or first in a tuple or list of that length."""
+    if not isinstance(out, (tuple, list)):
+        return lambda hidden: hidden
+    kind, rest = type(out), [None] * (len(out) - 1)
+    return lambda hidden: kind([hidden, *rest])
 
 
 def split_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:

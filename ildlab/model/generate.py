@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ildlab.limits import check_input
+
 
 @contextmanager
 def plain_decoding(model, **settings: Any) -> Iterator[None]:
@@ -58,7 +60,13 @@ def greedy(model, ids: Tensor, *, tokens: int = 24, exactly: bool = False, use_c
     Returns
     -------
     Tensor [B, T + new] of int64
+
+    Raises
+    ------
+    ModelError
+        Prompt and new tokens are more than the model's window, or a token has no row in its embedding.
     """
+    check_input(model, ids, new=tokens)
     ids = ids.to(model.get_input_embeddings().weight.device)
     least = tokens if exactly else None
     with plain_decoding(model, max_new_tokens=tokens, min_new_tokens=least, use_cache=use_cache):

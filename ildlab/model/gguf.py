@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import re
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 from ildlab.errors import ModelError, first_line
-from ildlab.files import cache_dir
+from ildlab.files import cache_dir, locked, sha256_of, writing
 from ildlab.model.whole import check_whole, quiet, refuse_pointer
+
+SUMS = "sha256.json"  # of the files of a kept model, by name
 
 
 def dequantised(path: Path, dtype: torch.dtype) -> Path:
@@ -29,8 +31,7 @@ def dequantised(path: Path, dtype: torch.dtype) -> Path:
     """
     refuse_pointer(path)
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
     name = f"gguf-{digest[:24]}-{str(dtype).removeprefix('torch.')}"
@@ -40,13 +41,12 @@ def dequantised(path: Path, dtype: torch.dtype) -> Path:
 def kept(folder: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
     """Folder with a model and its tokenizer, whole or absent: `make(scratch)` gives them where it is not there yet.
 
-    Of several processes one makes it, and the others wait.
+    Of several processes one makes it, and the others wait. What is no longer as it was written is made again.
     """
-    done = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if any(file.is_file() for file in done):
+    if _is_whole(folder):
         return folder
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if any(file.is_file() for file in done):
+    with locked(folder.with_name(f"{folder.name}.lock")), writing(folder):
+        if _is_whole(folder):
             return folder
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             model, tokenizer = make(Path(temporary))
@@ -54,10 +54,26 @@ def kept(folder: Path, make: Callable[[Path], tuple[Any, Any]]) -> Path:
             with quiet():
                 model.save_pretrained(saved)
             tokenizer.save_pretrained(saved)
-            if folder.exists():  # a half-made folder of an older version
+            sums = {file.name: sha256_of(file) for file in saved.iterdir() if file.is_file()}
+            (saved / SUMS).write_text(json.dumps(sums))
+            if folder.exists():  # a half-made folder of an older version, or a damaged one
                 shutil.rmtree(folder)
             saved.rename(folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a model is kept there, each file as it was written."""
+    if not any((folder / name).is_file() for name in ("model.safetensors.index.json", "model.safetensors")):
+        return False
+    try:
+        sums = json.loads((folder / SUMS).read_text()) if (folder / SUMS).exists() else {}  # an older ildlab kept none
+        odd = [name for name, digest in sums.items() if sha256_of(folder / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        odd = [str(error)]
+    if odd:
+        warnings.warn(f"{folder} is damaged ({odd[0]}): it is made again.", stacklevel=2)
+    return not odd
 
 
 def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def resolve(dtype: str | torch.dtype, device: str | torch.device) -> tuple[torch
     """Turn `"auto"`, names and torch objects into a dtype and a device, or say why that fails."""
     try:
         where = best_device() if device == "auto" else torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ModelError(f"{device!r} is not a device: use 'auto', 'cpu', 'cuda' or 'cuda:1'.") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ModelError("device 'cuda' was asked for, but torch sees no CUDA GPU: use device='auto'.")
@@ -103,14 +104,18 @@ def load_model(
     Returns
     -------
     LoadedModel
-        `.model` in evaluation mode with no gradients, `.tokenizer`, `.name`.
+        `.model` in evaluation mode with no gradients, `.tokenizer`, `.name`. A warning tells where the tokenizer has
+        tokens that the model has no embedding for.
 
     Raises
     ------
     ModelError
-        Unknown name, missing or unreadable file, no network for a Hub id, or a tokenizer with more
-        tokens than the model has embeddings.
+        Unknown name, missing or unreadable file, or no network for a Hub id.
     """
+    if fixed := {"trust_remote_code", "use_safetensors"} & set(offload):
+        raise ModelError(
+            f"{', '.join(sorted(fixed))}: code that comes with a model, and pickled weights, are never read."
+        )
     what, where = resolve(dtype, device)
     name = str(name)
     path = Path(name).expanduser()
@@ -142,12 +147,14 @@ def load_model(
 
 
 def _check_vocabulary(loaded: LoadedModel) -> None:
+    """Warn where a tokenizer has tokens that the embedding has no row for: text without them can be used."""
     rows = loaded.model.get_input_embeddings().weight.shape[0]
-    highest = max(loaded.tokenizer.get_vocab().values(), default=0)
-    if highest >= rows:
-        raise ModelError(
-            f"The tokenizer of {loaded.name} has token id {highest}, but the embedding has {rows} rows: "
-            "they do not belong together. Load the tokenizer that came with the model."
+    beyond = sorted((i, token) for token, i in loaded.tokenizer.get_vocab().items() if i >= rows)
+    if beyond:
+        warnings.warn(
+            f"The tokenizer of {loaded.name} has {len(beyond)} tokens, from id {beyond[0][0]} ({beyond[0][1]!r}) on, that the "
+            f"embedding, of {rows} rows, lacks: a text that holds one is refused.",
+            stacklevel=3,
         )
 
 

@@ -18,10 +18,21 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from ildlab.drawing.columns import columns_of
+from ildlab.drawing.stack import Picture
 from ildlab.errors import SessionError, UnsupportedModelError
-from ildlab.model.capture import Captured, Stub, Trunk, forward_replaced, split_hidden
-from ildlab.model.config_cut import config_entries, cut_config, layer_indices, restore_config
+from ildlab.limits import check_ids, check_length
+from ildlab.model.capture import Captured, Stub, Trunk, forward_replaced, shape_of, split_hidden
+from ildlab.model.config_cut import (
+    config_entries,
+    cut_config,
+    layer_indices,
+    layer_lists,
+    number_by_position,
+    restore_config,
+)
 from ildlab.model.find import find_layers, text_config
+from ildlab.model.proof import what_is_odd
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -52,6 +63,8 @@ class LayerStack:
                 f"The model has {len(self.layers)} decoder layers, but {len(ids)} layer ids were given: {ids}."
             )
         self._layer_ids = ids
+        self._lists = layer_lists(self.config)
+        number_by_position(self.layers)  # a model that was pruned by hand may have its old numbers still
         self._prove()
 
     def _attach(self, model: nn.Module) -> None:
@@ -105,18 +118,7 @@ class LayerStack:
 
     def _repr_html_(self) -> str:
         top = max(self._layer_ids, default=-1) + 1
-        cells = []
-        for layer_id in range(top):
-            here = layer_id in self._layer_ids
-            style = "border:1px solid currentColor;padding:1px 4px;margin:1px;display:inline-block;"
-            if not here:
-                style += (
-                    "opacity:.55;background:repeating-linear-gradient(45deg,transparent 0 3px,currentColor 3px 4px);"
-                )
-            title = f"layer {layer_id}" + ("" if here else " (removed)")
-            label = str(layer_id) if here else f"<s>{layer_id}</s>"
-            cells.append(f'<span style="{style}" title="{title}">{label}</span>')
-        return f"<div><b>{len(self)} layers</b><br>{''.join(cells)}</div>"
+        return Picture(columns_of(range(top), here=self._layer_ids), f"{len(self)} layers").html()
 
     # --------------------------------------------------------------- replaying
 
@@ -138,7 +140,7 @@ class LayerStack:
                 calls.append((args, kwargs))
                 if index == last:
                     raise Captured
-                return (hidden,) if self._tuple_out else hidden
+                return self._answer(hidden)
 
             return record
 
@@ -159,7 +161,7 @@ class LayerStack:
         # Over several devices accelerate's hooks bring what a layer is given to the layer; what comes out is brought back,
         # so that hidden states of all layers can be stacked and compared. On one device this does nothing.
         out = self.layers[position](hidden, *args, **kwargs)
-        return (out[0] if isinstance(out, tuple) else out).to(self.device)
+        return (out[0] if isinstance(out, (tuple, list)) else out).to(self.device)
 
     def walk(self, batch: Batch | Trunk) -> Iterator[Tensor]:
         """Yield h[0], h[1], ..., h[L] (pre-norm) one after another; nothing is kept."""
@@ -189,7 +191,7 @@ class LayerStack:
         # A batch of single tokens, so that no attention mask between them is ever built.
         flat = hidden.reshape(-1, 1, hidden.shape[-1])  # [..., d] -> [N, 1, d]
         ids = torch.zeros(flat.shape[:2], dtype=torch.long, device=self.device)
-        stub = Stub(self.layers[0], self._tuple_out)
+        stub = Stub(self.layers[0], self._answer)
         stub.hidden = flat
         with self._stack_replaced(nn.ModuleList([stub])):
             out = self.model(input_ids=ids, use_cache=False).logits
@@ -257,18 +259,21 @@ class LayerStack:
             self.layers[position] = copy.deepcopy(self.layers[position])
 
     def _keep(self, positions: list[int]) -> None:
-        count = len(self.layers)
-        self._parent._modules[self._name] = nn.ModuleList([self.layers[p] for p in positions])
+        kept = nn.ModuleList([self.layers[p] for p in positions])
+        kept.training = self.layers.training
+        self._parent._modules[self._name] = kept
         self._layer_ids = [self._layer_ids[p] for p in positions]
-        cut_config(self.config, positions, count)
-        renumber = {old: new for new, old in enumerate(positions)}
-        for module, name, value in layer_indices(self.layers):
-            setattr(module, name, renumber[value])
+        cut_config(self.config, positions, self._lists)
+        number_by_position(self.layers)
 
     # ------------------------------------------------------------------ proof
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+        if inputs.get("position_ids") is None:  # a packed tree is as long as its longest branch, not as its row
+            check_length(self.model, inputs["input_ids"].shape[-1])
+        if inputs["input_ids"].device.type == "cpu":  # on a GPU it would wait for the device
+            check_ids(self.model, inputs["input_ids"])
         return {
             k: v.to(self.device, dtype=torch.long if k == "input_ids" else None, non_blocking=True)
             for k, v in inputs.items()
@@ -284,7 +289,8 @@ class LayerStack:
         finally:
             self._parent._modules[self._name] = before
 
-    def _probe(self) -> Tensor:
+    def probe(self) -> Tensor:
+        """Token ids [2, 7] that a model is tried on."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         # Two short inputs of ordinary ids; fixed, so that the proof is the same at every load.
         return (torch.arange(14, device=self.device).reshape(2, 7) * 7919 + 11) % min(vocabulary, 30_000)
@@ -292,10 +298,7 @@ class LayerStack:
     def _seen_whole(self, ids: Tensor) -> Tensor:
         """Logits of the model as it is, and on the way what each layer returns: a tensor, or a tuple."""
         name, kinds = type(self.model).__name__, []
-        hooks = [
-            layer.register_forward_hook(lambda m, a, out: kinds.append(isinstance(out, tuple)))
-            for layer in self.layers
-        ]
+        hooks = [layer.register_forward_hook(lambda m, a, out: kinds.append(shape_of(out))) for layer in self.layers]
         try:
             logits = self.model(input_ids=ids, use_cache=False).logits
         except Exception as error:
@@ -305,28 +308,31 @@ class LayerStack:
                 hook.remove()
         if len(kinds) != len(self.layers):
             raise UnsupportedModelError(
-                f"{name} called its decoder layers {len(kinds)} times in one pass, expected {len(self.layers)}: ildlab "
+                what_is_odd(self.model)
+                or f"{name} called its decoder layers {len(kinds)} times in one pass, expected {len(self.layers)}: ildlab "
                 "needs a plain stack, each layer run once."
             )
-        self._tuple_out = kinds[0]
+        self._answer = kinds[0]
         return logits.float().to(self.device)
 
     @torch.no_grad()
     def _prove(self) -> None:
         name = type(self.model).__name__
-        ids = self._probe()
+        ids = self.probe()
         want = self._seen_whole(ids)
         try:
             got = self.logits(self.final(ids)).float()
-        except (UnsupportedModelError, RuntimeError, TypeError, IndexError, KeyError, AttributeError) as error:
-            raise UnsupportedModelError(f"Replaying the decoder layers of {name} failed: {error}") from error
-        error = (want - got).abs().max()
+            error = (want - got).abs().max()
+        except Exception as error:  # whatever a family does where its layers are replayed
+            odd = what_is_odd(self.model, want)
+            raise UnsupportedModelError(odd or f"Replaying the decoder layers of {name} failed: {error}") from error
         # The tail sees one token at a time, which may round its matrix product in another order.
         limit = 1e-4 * (1 + want.abs().max())
         if self.model.dtype in (torch.bfloat16, torch.float16):
             limit = limit * 200
-        if not bool(error <= limit):
+        if not error <= limit < float("inf"):
             raise UnsupportedModelError(
-                f"Replaying the decoder layers of {name} gives other logits than the model (by {error:.3g}): "
+                what_is_odd(self.model, want, got)
+                or f"Replaying the decoder layers of {name} gives other logits than the model (by {error:.3g}): "
                 "it carries state between layers that ildlab does not see."
             )

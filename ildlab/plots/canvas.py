@@ -21,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
+
+from ildlab.errors import PlotError
+from ildlab.files import writing
 
 TEXT = "#707070"  # 4.95:1 on white; brightened, 6.9:1 on #111
 LINE = "#858585"  # spines and ticks: 3:1 on both
@@ -38,29 +44,6 @@ DASHES = ("-", "--", ":", "-.")
 ABOVE = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}  # where a legend hides nothing
 MAP = "cividis"  # even in lightness, the same to colour-blind eyes
 DPI = 100  # CSS pixels of an inch of figure; PNGs have twice as many
-
-UNITS = {
-    "block_influence": "Block Influence (1 − cosine)",
-    "angular_distance": "angular distance (fraction of π)",
-    "mse": "MSE of consecutive hidden states",
-    "relative_l2": "relative L2 step of the hidden state",
-    "cosine": "cosine similarity",
-    "angular": "angular distance (fraction of π)",
-    "cka": "linear CKA (0 to 1)",
-    "lrp": "relevance of the layer (summed |R|)",
-    "magnitude": "sum of |weight|",
-    "taylor": "first-order effect on the loss (nats/token)",
-    "nll": "NLL rise without the layer (nats/token)",
-    "kl": "KL to the teacher without the layer (nats/token)",
-    "task": "drop of the suite aggregate without the layer",
-    "perplexity": "perplexity",
-    "aggregate": "suite aggregate (0 to 1)",
-}
-
-
-def label_of(metric: str) -> str:
-    """Axis label of a metric: what it is, with its unit."""
-    return UNITS.get(metric, metric.replace("_", " "))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -73,6 +56,12 @@ def new_figure(width: float, height: float) -> Figure:
 def new_axes(ax: Axes | None, width: float = 8.0, height: float = 3.2) -> Axes:
     """Return `ax`, or the one Axes of a new figure of so many inches, styled for both themes."""
     return style(new_figure(width, height).add_subplot() if ax is None else ax)
+
+
+def need(table: pd.DataFrame, source: str, *columns: str) -> None:
+    """Raise PlotError where a table lacks columns that a figure is drawn from."""
+    if lacking := [name for name in columns if name not in table]:
+        raise PlotError(f"The table has no {', '.join(map(repr, lacking))}: give {source}.")
 
 
 def style(ax: Axes) -> Axes:
@@ -157,10 +146,11 @@ def spread_out(values: np.ndarray) -> bool:
     return bool(values.min() > 0 and values.max() > 8 * np.median(values))
 
 
-def norm_of(values: np.ndarray) -> Normalize:
-    """Pick a logarithmic colour scale where all values are positive and span more than a decade."""
+def norm_of(values: np.ndarray, decades: float = np.inf) -> Normalize:
+    """Pick a logarithmic colour scale, of so many decades at most, where all values are positive and span more than one."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low = max(low, high / 10**decades) if low > 0 else low
     if low > 0 and high / low > 10:
         return LogNorm(low, high)
     return Normalize(low, high if high > low else low + 1e-12)
@@ -225,8 +215,37 @@ def to_png(figure: Figure | Axes, scale: float = 2.0) -> bytes:
 
 def save(figure: Figure | Axes, path: str | Path) -> Path:
     """Write a figure as .png (at twice the size on screen), .svg or what else matplotlib can; returns the path."""
-    _figure(figure).savefig(path, dpi=2 * DPI, transparent=True)
+    try:
+        with writing(path):
+            _figure(figure).savefig(path, dpi=2 * DPI, transparent=True)
+    except ValueError as error:
+        raise PlotError(f"{path}: {error}") from error
     return Path(path)
+
+
+def cells(ax: Axes, tips: list[list[str]]) -> dict[str, Any]:
+    """Where a heatmap lies in its picture, for who points at it: `box` in parts (left, top, right, bottom), and `tips`.
+
+    `tips` [rows][columns] say what is in each cell, as the axes count; they come back from the top down.
+    """
+    figure = _figure(ax)
+    figure.draw_without_rendering()
+    box = ax.get_window_extent().transformed(figure.transFigure.inverted())
+    down = ax.get_ylim()[0] > ax.get_ylim()[1]
+    return {"box": [box.x0, 1 - box.y1, box.x1, 1 - box.y0], "tips": tips if down else tips[::-1]}
+
+
+def larger(figure: Figure | Axes, by: float = 1.45) -> None:
+    """Make letters, lines and marks larger, and the figure with them a little, to be read from the back of a room."""
+    figure = _figure(figure)
+    for text in figure.findobj(Text):
+        text.set_fontsize(text.get_fontsize() * by)
+    for line in figure.findobj(Line2D):
+        line.set_linewidth(line.get_linewidth() * by)
+        line.set_markersize(line.get_markersize() * by)
+    for ax in figure.axes:
+        ax.tick_params(labelsize=9 * by)
+    figure.set_size_inches(*(side * 1.2 for side in figure.get_size_inches()))
 
 
 def to_html(figure: Figure | Axes, alt: str, scale: float = 2.0) -> str:
@@ -258,6 +277,8 @@ class Shown:
         return f"[figure: {self.alt}]"
 
 
-def show(figure: Figure | Axes, alt: str) -> Shown:
-    """Let a notebook cell end in a figure; `alt` as in `to_html`."""
+def show(figure: Figure | Axes, alt: str, theme: str = "") -> Shown:
+    """Let a notebook cell end in a figure; `alt` as in `to_html`, `theme="lecture"` for the back of a room."""
+    if theme == "lecture":
+        larger(figure)
     return Shown(figure, alt)

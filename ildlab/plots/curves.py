@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from ildlab.drawing.columns import label_of
 from ildlab.plots.canvas import (
     ABOVE,
     BLUE,
@@ -21,8 +22,8 @@ from ildlab.plots.canvas import (
     PURPLE,
     TEXT,
     VERMILLION,
-    label_of,
     legend,
+    need,
     new_axes,
     new_figure,
     note,
@@ -51,6 +52,7 @@ def loss_curves(history: pd.DataFrame) -> Axes:
     history : DataFrame
         A step's record a row: `step`, `kl`, and a `hidden_{layer id}` for each place where hidden states are matched.
     """
+    need(history, "a session's losses()", "step", "kl")
     left, right = new_figure(8.5, 3.0).subplots(1, 2)
     table = history.set_index("step")
     _losses(style(left), table[["kl"]], "KL (nats per token)")
@@ -88,21 +90,19 @@ def _losses(ax: Axes, table: pd.DataFrame, unit: str) -> None:
 def quality(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw perplexity against layers removed, with and without distillation; dotted: the teacher's.
 
-    Parameters are bars on a second axis, `figure.axes[-1]`.
+    The model's parameters stand below the layers removed.
 
     Parameters
     ----------
     history : DataFrame
         From `PruningSession.history`.
     """
+    need(history, "a session's history()", "n_removed", "perplexity", "perplexity_undistilled", "perplexity_pruned")
     history = history.set_index("n_removed")
     after = history["perplexity"]
     # Never distilled where that was evaluated; else just pruned; the teacher, and a student not distilled, as they are.
     before = history["perplexity_undistilled"].fillna(history["perplexity_pruned"]).fillna(after)
     ax = new_axes(ax, 6.5, 3.4)
-    second = second_axis(ax, "parameters (millions, dotted bars)")
-    look = {"facecolor": "none", "edgecolor": LINE, "hatch": "..", "alpha": 0.5, "linewidth": 0.8}
-    second.bar(history.index, history["parameters"].astype(float) / 1e6, width=0.55, **look)
     lines = ((before, "removed only", VERMILLION, "--", "s"), (after, "removed and distilled", BLUE, "-", "o"))
     for values, label, colour, dash, marker in lines:
         known = values.dropna()
@@ -113,8 +113,58 @@ def quality(history: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.axhline(teacher, color=GREEN, linestyle=":", linewidth=1.5, label=f"teacher ({teacher:.3g})")
     ax.margins(x=0.1, y=0.12)
     _layers_removed(ax, "held-out perplexity")
+    shown = history.index[:: -(-len(history) // 12)]
+    sizes = history["parameters"].astype(float) / 1e6
+    ax.set_xticks(shown, [f"{n}\n{sizes[n]:,.0f} M" if sizes[n] > 0 else f"{n}" for n in shown])
+    ax.set_xlabel("layers removed (below: parameters)")
     legend(ax, **ABOVE, ncols=3)
     return ax
+
+
+def task_bars(results: dict[str, Any], ax: Axes | None = None) -> Axes:
+    """Draw scores by task, a bar a model, with intervals; above each the change from the first, "●" where it is sure.
+
+    Sure: the 95% interval of the difference on the same examples (paired bootstrap) leaves 0 out.
+
+    Parameters
+    ----------
+    results : dict of str to SuiteResult
+        Of the same suite, the teacher first.
+    """
+    if not results:
+        raise ValueError("There are no results to draw: evaluate on a suite, or with canaries.")
+    first = next(iter(results.values()))
+    ax = new_axes(ax, max(6.0, 1.6 + 0.42 * len(first.tasks) * (1 + len(results))), 3.4)
+    width = 0.8 / len(results)
+    for k, (name, result) in enumerate(results.items()):
+        at = np.arange(len(first.tasks)) + width * (k - (len(results) - 1) / 2)
+        found = [task.interval() for task in result.tasks.values()]
+        scores = np.array([each.value for each in found])
+        look = {"color": COLOURS[k % 4], "hatch": ("", "//", "..", "xx")[k % 4], "edgecolor": "white", "linewidth": 0}
+        ax.bar(at, scores, width * 0.92, label=name, **look)
+        spread = np.array([(e.value - e.low, e.high - e.value) for e in found]).T.clip(0)  # [2, tasks]
+        ax.errorbar(at, scores, np.nan_to_num(spread), fmt="none", ecolor=TEXT, elinewidth=1.2, capsize=2)
+        for x, task, each in zip(at, result.tasks.values(), found) if k else ():
+            note(
+                ax,
+                _delta(first.tasks[task.name], task),
+                (x, max(each.value, np.nan_to_num(each.high))),
+                (0, 2),
+                7,
+                ha="center",
+            )
+    ax.set_xticks(range(len(first.tasks)), [name.replace("_", "\n") for name in first.tasks])
+    ax.set_ylabel("score")
+    ax.set_xlabel(f"{first.name} (change from the first bar; ● sure, ○ not sure)")
+    ax.margins(y=0.15)
+    legend(ax, **ABOVE, ncols=4)
+    return ax
+
+
+def _delta(before: Any, after: Any) -> str:
+    """Change of a task's score, and whether it is surely one."""
+    low, high = np.percentile(after.resampled() - before.resampled(), (2.5, 97.5))
+    return f"{after.score - before.score:+.2f}{'●' if low > 0 or high < 0 else '○'}"
 
 
 def methods(

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from ildlab.drawing.columns import label_of, unit_of
+from ildlab.errors import PlotError
 from ildlab.plots.canvas import (
     ABOVE,
     BLUE,
@@ -20,7 +22,6 @@ from ildlab.plots.canvas import (
     hatch,
     heatmap,
     in_cell,
-    label_of,
     legend,
     new_axes,
     note,
@@ -28,10 +29,7 @@ from ildlab.plots.canvas import (
     spread_out,
 )
 
-
-def unit_of(scores: Any) -> str:
-    """Axis label of scores: their metric's, but of several kinds of text each is in units of its median layer."""
-    return f"{scores.metric}, of each kind's median layer" if scores.kinds else label_of(scores.metric)
+UNMEASURED = "There are no scores to draw: measure first."
 
 
 def importance(
@@ -54,7 +52,11 @@ def importance(
     tied : iterable of int
         Layer ids that the scores cannot tell from the least important one; marked "≈".
     """
+    if scores is None:
+        raise PlotError(UNMEASURED)
     table = scores.table
+    if chosen is not None and chosen not in table.index:
+        raise PlotError(f"chosen={chosen!r}: these scores are of layers {[*table.index]}.")
     ax = new_axes(ax)
     values = table["score"].to_numpy(float)
     chosen = scores.least_important if chosen is None else chosen
@@ -71,6 +73,8 @@ def importance(
     elif values.min() < 0:
         ax.axhline(0, color=LINE, linewidth=0.8)
     bottom, ceiling = ax.get_ylim()
+    if ax.get_yscale() == "log":  # a bar has to stand on something: the axis says on what
+        bottom = 10 ** np.floor(np.log10(values.min() * 0.999))
     for layer_id in gone:
         hatch(ax, layer_id)
     upper = table["ci_high"].fillna(table["score"])
@@ -83,7 +87,7 @@ def importance(
     ax.set_xlim(-0.7, top + 0.7)
     ax.xaxis.set_major_locator(MaxNLocator(36, integer=True))
     ax.set_xlabel("layer id")
-    ax.set_ylabel(unit_of(scores))
+    ax.set_ylabel(unit_of(scores) + (f", log from {bottom:g}" if ax.get_yscale() == "log" else ""))
     handles = [Patch(facecolor=BLUE, label="score, with its interval")]
     handles.append(Patch(facecolor=VERMILLION, edgecolor="white", hatch="///", label=f"layer {chosen}: to be removed"))
     handles += [removed_key()] if gone else []
@@ -103,7 +107,9 @@ def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: A
         Layer id that each iteration removed; may be one shorter than `scores` (not yet decided).
     """
     if not scores:
-        raise ValueError("There are no scores to draw: measure first.")
+        raise PlotError(UNMEASURED)
+    if len(removed) not in (len(scores), len(scores) - 1):
+        raise PlotError(f"{len(removed)} removed layers for {len(scores)} iterations: one each, or one fewer.")
     tables = [s.table["score"] for s in scores]
     top = max([int(t.index.max()) + 1 for t in tables] + [i + 1 for i in removed])
     grid = pd.DataFrame(tables).reindex(columns=range(top)).to_numpy(float)  # [iterations, layers]
@@ -130,8 +136,10 @@ def importance_by_kind(scores: Any, ax: Axes | None = None) -> Axes:
     scores : LayerScores
         Measured on a text of several kinds, such as ``"mix"``.
     """
+    if scores is None:
+        raise PlotError(UNMEASURED)
     if not scores.kinds:
-        raise ValueError('These scores tell no kinds of text: measure on several, such as load_text("mix", ...).')
+        raise PlotError('These scores tell no kinds of text: measure on several, such as load_text("mix", ...).')
     table = scores.per_kind
     grid = table.reindex(range(int(table.index.max()) + 1)).to_numpy(float).T  # [kinds, layers]
     ax = new_axes(ax, 8.5, 1.4 + 0.36 * len(grid))
@@ -152,9 +160,11 @@ def metric_scatter(scores_a: Any, scores_b: Any, ax: Axes | None = None) -> Axes
 
     Layers that only one of them scored are left out. The least important layer of each is a triangle.
     """
+    if scores_a is None or scores_b is None:
+        raise PlotError(UNMEASURED)
     pair = pd.DataFrame({"a": scores_a.table["score"], "b": scores_b.table["score"]}).dropna()
     if len(pair) < 2:
-        raise ValueError("The two scores share fewer than 2 layers: measure both on the same student.")
+        raise PlotError("The two scores share fewer than 2 layers: measure both on the same student.")
     ax = new_axes(ax, 5.4, 4.4)
     least = pair.index.isin([pair["a"].idxmin(), pair["b"].idxmin()])
     ax.scatter(pair["a"][~least], pair["b"][~least], s=18, facecolors="none", edgecolors=BLUE)

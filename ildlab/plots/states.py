@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
+from ildlab.drawing.columns import label_of
+from ildlab.errors import PlotError
 from ildlab.plots.canvas import (
     ABOVE,
     BLUE,
@@ -23,9 +25,9 @@ from ildlab.plots.canvas import (
     heatmap,
     in_cell,
     ink_of,
-    label_of,
     legend,
     new_axes,
+    norm_of,
     removed_key,
     token_label,
     token_ticks,
@@ -46,6 +48,8 @@ def redundancy_heatmap(matrix: pd.DataFrame, kind: str = "cosine", ax: Axes | No
         Names the unit. Up to 12 hidden states, each cell has its number too.
     """
     values = matrix.to_numpy(float)
+    if not len(values) or values.shape[0] != values.shape[1]:
+        raise PlotError("The matrix is empty, or not square: give one that redundancy made.")
     ax = new_axes(ax, 6.2, 5.2)
     image = heatmap(ax, values, label_of(kind), aspect="equal")
     if len(values) <= 12:
@@ -121,6 +125,8 @@ def drift_by_layer(
 def token_drift_map(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Heatmap of drift, layer by token; hidden states that are still the teacher's are hatched.
 
+    Colours are those of all tokens but the first, often an attention sink that hardly moves: it would stretch them.
+
     Parameters
     ----------
     table : DataFrame [layers + 1, T]
@@ -130,7 +136,8 @@ def token_drift_map(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     tokens = table.attrs["tokens"]
     ax = new_axes(ax, max(5.0, 2.0 + 0.3 * len(tokens)), max(3.0, 1.3 + 0.13 * len(values)))
     same = values < NO_DRIFT
-    heatmap(ax, np.where(same, np.nan, values), DRIFT)
+    moved = np.where(same, np.nan, values)
+    heatmap(ax, moved, DRIFT, norm_of(moved[:, 1:] if len(tokens) > 1 else moved, decades=2))
     for row, column in np.argwhere(same):
         hatch(ax, column, row, "///", 0.6)
     token_ticks(ax.xaxis, tokens)
@@ -167,7 +174,7 @@ def logit_lens_map(
     if layers is not None:
         own = own[own["layer"].isin(list(layers))]
     if own.empty:
-        raise ValueError(f"The table has no rows of the {who} at these layers: ask logit_lens for them.")
+        raise PlotError(f"The table has no rows of the {who} at these layers: ask logit_lens for them.")
     rows, width = list(dict.fromkeys(own["layer"])), int(own["position"].max()) + 1
     tokens = own.drop_duplicates("position").sort_values("position")["token"].tolist()
     grid = np.full((len(rows), width), np.nan)

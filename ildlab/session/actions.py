@@ -23,11 +23,16 @@ from ildlab.evaluate.text_quality import evaluate_steps as judge_steps
 from ildlab.importance.config import options_of
 from ildlab.importance.dispatch import measure_steps as score_steps
 from ildlab.importance.scores import LayerScores
+from ildlab.model.stack import LayerStack
+from ildlab.model.twin import cut_difference
 from ildlab.progress import Work, relabel
 from ildlab.session.journal import CHANGES_STUDENT, Step
 from ildlab.session.run import Run, text_record
+from ildlab.session.standing import Standing, beside, read_standing, remember
+from ildlab.typed import reading
 
 
+@reading(SessionError)
 def measure_steps(run: Run, metric: str | None = None, **options: Any) -> Work[LayerScores]:
     """Score today's layers on the calibration text, and journal the scores.
 
@@ -52,8 +57,13 @@ def measure_steps(run: Run, metric: str | None = None, **options: Any) -> Work[L
     return scores
 
 
+@reading(SessionError)
 def remove(run: Run, layer_id: int | None = None) -> int:
-    """Remove a layer, by default the least important one by `scores`, and return its id."""
+    """Remove a layer and return its id, by default the least important one by `scores` that can go.
+
+    A layer can go where the family's config can say what is left (`ildlab.model.twin`): else the checkpoint would be
+    another model than the student.
+    """
     with run.acting("remove a layer"):
         scores, student = run.scores, run.student
         if layer_id is None:
@@ -61,20 +71,43 @@ def remove(run: Run, layer_id: int | None = None) -> int:
                 raise SessionError(
                     "The student changed since it was last measured: measure() first, or say which layer_id to remove."
                 )
-            layer_id = int(scores.least_important)
-        student.position(layer_id)
+        if layer_id is not None:
+            student.position(layer_id)
         if len(student) == 1:
             raise SessionError("The student has one layer left; it cannot be removed.")
+        layer_id = _that_can_go(student, scores.ranking if layer_id is None else [layer_id])
         known = scores is not None and layer_id in scores.table.index
         told = {"score": float(scores.table.loc[layer_id, "score"]) if known else None}
         told["metric"] = scores.metric if scores else None
         left = [i for i in student.layer_ids if i != layer_id]
         # The journal first: if it cannot be written, the student has not changed either.
         run.journal.append("remove", layer_ids=left, args={"layer_id": layer_id, **told}, seed=run.seed)
-        student.remove(layer_id)
+        try:
+            student.remove(layer_id)
+        except BaseException:  # Ctrl-C: it is journaled, so it is done
+            run.restore()
+            raise
     return layer_id
 
 
+def _that_can_go(student: LayerStack, layer_ids: Sequence[int]) -> int:
+    """The first of some layers without which the student can be saved; SessionError where there is none."""
+    found = {}
+    for layer_id in map(int, layer_ids):
+        found[layer_id] = cut_difference(student, layer_id)
+        if not found[layer_id]:
+            return layer_id
+    (layer_id, odd), *others = found.items()
+    advice = (
+        "None of the others can go either." if others else "Take another layer (measure, and remove() without an id)."
+    )
+    raise SessionError(
+        f"Layer {layer_id} cannot be removed from {type(student.model).__name__}: the config cannot describe what is left, "
+        f"so that a checkpoint would be another model ({odd}). {advice}"
+    )
+
+
+@reading(SessionError)
 def undo(run: Run, to: int | None = None, *, reason: str = "") -> Step:
     """Go back to a step, by default to before the latest change of the student; `to` may be one that was undone before."""
     if to is None:
@@ -82,23 +115,22 @@ def undo(run: Run, to: int | None = None, *, reason: str = "") -> Step:
         if not changes:
             raise SessionError("There is nothing to undo: the student is still the teacher.")
         to = changes[-1].parent
-    if not 0 <= to < len(run.steps):
-        raise SessionError(f"There is no step {to}: the journal has steps 0 to {len(run.steps) - 1}.")
-    if run.steps[to].action == "undo":
-        raise SessionError(f"Step {to} is itself an undo: go to step {run.steps[to].args['to']} instead.")
+    run.journal.goal(to)
     with run.acting("undo"):
         student = run.student_at(to)
-        run.journal.append("undo", layer_ids=student.layer_ids, args={"to": to, "reason": reason})
+        if to != run.journal.head.step:  # to stay where one stands is no step
+            run.journal.append("undo", layer_ids=student.layer_ids, args={"to": to, "reason": reason})
         run.student = student
     return run.journal.head
 
 
+@reading(SessionError)
 def distill_steps(
     run: Run,
     config: DistillConfig | None = None,
     *,
     text: str | None = None,
-    gap: Sequence[int] | None = None,
+    gap: list[int] | None = None,
     processes: int | None = None,
     **changes: Any,
 ) -> Work[DistillResult]:
@@ -112,7 +144,7 @@ def distill_steps(
         By default the run's.
     text : str, optional
         Another source of `load_text` to train on in this step.
-    gap : sequence of int, optional
+    gap : list of int, optional
         Removed layers that "neighbours" and "window(k)" are counted from (a suffix begins at the lowest
         layer ever removed). By default those removed since the last distillation.
     processes : int, optional
@@ -133,7 +165,7 @@ def distill_steps(
         processes = run.config.processes if processes is None else processes
         if processes < 1:
             raise SessionError(f"processes={processes}: at least 1 distills.")
-        gap = _open_gap(run) if gap is None else list(gap)
+        gap = _open_gap(run) if gap is None else gap
         if not gap or set(gap) - set(run.removed):
             raise SessionError(f"gap={gap}: give layers that were removed so far: {run.removed or 'none yet'}.")
         trained = resolve_scope(config.scope, run.student, gap)
@@ -152,6 +184,8 @@ def distill_steps(
         try:
             while True:
                 progress = next(work)
+                if not done:
+                    remember(checkpoint, progress.total, config, text, gap)
                 done = progress.done
                 yield progress
         except StopIteration as stop:
@@ -161,6 +195,7 @@ def distill_steps(
             if done > 0:
                 commit(stopped_at=done)
                 checkpoint.unlink(missing_ok=True)  # what it holds is journaled now
+                beside(checkpoint).unlink(missing_ok=True)
             raise
         except BaseException as error:
             work.close()
@@ -193,10 +228,19 @@ def _checkpoint_of(run: Run, config: DistillConfig, text: str | None, gap: list[
     changed = [step.step for step in run.path if step.action in CHANGES_STUDENT]
     content = {"after_steps": changed, "config": decisive(config), "text": text, "gap": gap}
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    (run.folder / "checkpoint").mkdir(exist_ok=True)
     return run.folder / "checkpoint" / f"{name}.safetensors"
 
 
+def standing(run: Run) -> Standing | None:
+    """The distillation of today's student that was interrupted, if there is one: `distill` with its settings goes on."""
+    for file in sorted((run.folder / "checkpoint").glob("*.safetensors")):
+        found = read_standing(file)
+        if found and _checkpoint_of(run, DistillConfig.from_dict(found.config), found.text, found.gap) == file:
+            return found
+    return None
+
+
+@reading(SessionError)
 def evaluate_steps(
     run: Run, suite: str | bool | None = None, *, undistilled: bool = True, cache: Path | None = None, **options: Any
 ) -> Work[Evaluation]:

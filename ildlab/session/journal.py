@@ -10,52 +10,36 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ildlab.errors import FileError, JournalError
-from ildlab.files import atomic_file, disk_error, write_atomic
+from ildlab.errors import JournalError, SessionError
+from ildlab.files import whole_path, write_atomic, writing
+from ildlab.session.steps import Step, load_weights, save_weights, sealed, unsealed
 
 CHANGES_STUDENT = ("remove", "distill")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One journaled action, a line of JSON."""
-
-    step: int  # its number; 0 is the teacher as it was loaded
-    parent: int | None  # the step it was taken from
-    action: str  # create, measure, remove, distill, failed, evaluate, export, run or undo
-    layer_ids: list[int]  # the student's layers after it
-    args: dict[str, Any] = field(default_factory=dict)  # what was asked for
-    result: dict[str, Any] = field(default_factory=dict)  # what came out
-    weights: str | None = None  # name of the file with the tensors that it changed
-    seed: int = 0
-    seconds: float = 0.0
-    time: str = ""  # when it was written, ISO 8601 UTC
-    versions: dict[str, str] = field(default_factory=dict)  # of what decides the numbers
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is no distillation that was stopped part-way."""
-        return "stopped_at" not in self.result
 
 
 class Journal:
     """The run folder of one session. Made by `Journal.create` or `Journal.open`."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], lock):
-        self.folder, self.config, self._lock = folder, config, lock
+    def __init__(self, folder: Path, config: dict[str, Any], lock, shut: str = ""):
+        self.folder, self.config = folder, config
+        self._lock, self._shut = lock, shut  # without a lock nothing is written, and `_shut` says why
         self.steps: list[Step] = []
-        _OPEN[folder.resolve()] = self
+        self.at: int | None = None  # the step to look from, where that is not the last one
+        if lock is not None:
+            _OPEN[folder.resolve()] = self
 
     # ------------------------------------------------------- making, opening
 
@@ -68,19 +52,10 @@ class Journal:
         JournalError, FileError
             The folder holds a run or other files, or is locked; or it cannot be written.
         """
-        folder = Path(folder).expanduser()
-        if (folder / "config.json").exists():
-            raise JournalError(
-                f"{folder} already holds a run of teacher {_read_config(folder).get('teacher')!r}. "
-                "Use PruningSession.open(folder) to go on with it, or choose another folder."
-            )
-        if folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
-            raise JournalError(f"{folder} is not an empty folder: choose a new one for the run.")
-        try:
+        folder = _new(folder)
+        with writing(folder):
             (folder / "weights").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(folder, error) from error
-        journal = cls(folder, config, _acquire(folder))
+            journal = cls(folder, config, _acquire(folder))
         try:
             write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
         except BaseException:
@@ -89,23 +64,44 @@ class Journal:
         return journal
 
     @classmethod
-    def open(cls, folder: str | Path) -> Journal:
+    def open(cls, folder: str | Path, *, step: int | None = None, read_only: bool = False) -> Journal:
         """Lock a run folder and read its journal; a line that a killed process left torn is set aside.
+
+        Where it is not ours to write, or `read_only`, it is read without the lock, and nothing is written.
+
+        Parameters
+        ----------
+        step : int, optional
+            The step to stand at, by default the last. Where a line after it is damaged, that and what follows are moved
+            to a folder `damaged-N` of the run.
 
         Raises
         ------
         JournalError
-            No run there, another process writes to it, or the journal is damaged before its last line.
+            No run there, another process writes to it, or the journal is damaged.
         """
-        folder = Path(folder).expanduser()
-        config = _read_config(folder)
-        # Running a notebook's cell again must not lock its own kernel out: within one process the newer
-        # session takes over, and the older one says that it is closed.
-        if held := _OPEN.get(folder.resolve()):
-            held.close()
-        journal = cls(folder, config, _acquire(folder))
+        folder = whole_path(folder)
+        config, lock, why = read_config(folder), None, "as it was asked"
+        if not read_only:
+            # Running a notebook's cell again must not lock its own kernel out: within one process the newer
+            # session takes over, and the older one says that it is closed.
+            if held := _OPEN.get(folder.resolve()):
+                held.close()
+            try:
+                lock = _acquire(folder)
+            except OSError as error:
+                why = f"{error.strerror or error}: {folder / 'lock'}"
+                warnings.warn(f"{folder} is opened to read only ({why}).", stacklevel=3)
+        journal = cls(
+            folder,
+            config,
+            lock,
+            f"{folder} is open to read only ({why}), so nothing can be done to its student. To go on from it, branch it "
+            "into a folder of your own: session.branch(folder).",
+        )
         try:
-            journal._read()
+            journal._read(step)
+            journal.at = None if step is None else journal.goal(step)
         except BaseException:
             journal.close()
             raise
@@ -116,42 +112,78 @@ class Journal:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+        self._shut = f"The session on {self.folder} is closed: open it again with PruningSession.open."
 
-    def _read(self) -> None:
+    @property
+    def writable(self) -> bool:
+        """Whether steps can be written: it is open, and not to read only."""
+        return self._lock is not None
+
+    def check_writable(self) -> None:
+        """Raise JournalError, which says why, where no step can be written."""
+        if not self.writable:
+            raise JournalError(self._shut)
+
+    def _read(self, step: int | None) -> None:
         path = self.folder / "journal.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = _content(path).splitlines(keepends=True) if path.exists() else []
         for number, line in enumerate(lines):
             try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("no line end")
-                record = json.loads(line)
-                self.steps.append(Step(**{k: v for k, v in record.items() if k in Step.__dataclass_fields__}))
+                self.steps.append(unsealed(line, number))
             except (ValueError, TypeError) as error:
-                if number < len(lines) - 1:
+                torn = not line.endswith(b"\n")  # only the last line can be, by a process killed while it wrote it
+                if not torn and (step is None or not step < number):
+                    last = f"PruningSession.open({str(self.folder)!r}, step={number - 1})" if number else ""
                     raise JournalError(
-                        f"{path}, line {number + 1} cannot be read ({error}), and more lines follow: restore the journal "
-                        "from a backup, or cut it before that line."
+                        f"{path}, line {number + 1} cannot be read: {error}. Restore the journal from a backup"
+                        + (f", or go on from the last whole step, {last}: what follows is set aside." if last else ".")
                     ) from error
-                # Only the last line can be torn, by a process killed in the middle of writing it.
-                write_atomic(self.folder / "journal.torn", line)
-                write_atomic(path, b"".join(lines[:-1]))
+                if self.writable:
+                    self._set_aside(lines, number, torn)
+                return
+
+    def _set_aside(self, lines: list[bytes], number: int, torn: bool) -> None:
+        """Cut the journal before a line, and lose nothing: of more than a torn line, the files of its steps are kept too."""
+        path = self.folder / "journal.jsonl"
+        if torn:
+            write_atomic(self.folder / "journal.torn", lines[number])
+            write_atomic(path, b"".join(lines[:number]))
+            return
+        aside = next(f for n in count(1) if not (f := self.folder / f"damaged-{n}").exists())
+        write_atomic(aside / path.name, b"".join(lines))
+        write_atomic(path, b"".join(lines[:number]))
+        with writing(aside):
+            for file in (*self.folder.glob("weights/*"), *self.folder.glob("metrics/*")):
+                if file.stem.isdigit() and int(file.stem) >= number:
+                    (aside / file.parent.name).mkdir(exist_ok=True)
+                    file.rename(aside / file.parent.name / file.name)
 
     # ------------------------------------------------------------- the steps
 
     @property
     def head(self) -> Step:
         """The step that the student stands at."""
+        if self.at is not None:
+            return self.steps[self.at]
         last = self.steps[-1]
         return self.steps[last.args["to"]] if last.action == "undo" else last
 
     def path_to(self, step: int) -> list[Step]:
         """The steps from the beginning to `step`, by parents."""
-        if not 0 <= step < len(self.steps):
-            raise JournalError(f"There is no step {step}: the journal has steps 0 to {len(self.steps) - 1}.")
+        if not isinstance(step, int) or not 0 <= step < len(self.steps):
+            raise JournalError(f"There is no step {step!r}: the journal has steps 0 to {len(self.steps) - 1}.")
         chain = [self.steps[step]]
         while chain[-1].parent is not None:
             chain.append(self.steps[chain[-1].parent])
         return chain[::-1]
+
+    def goal(self, to: int) -> int:
+        """A step that one can go to; SessionError where there is none such."""
+        if isinstance(to, bool) or not isinstance(to, int) or not 0 <= to < len(self.steps):
+            raise SessionError(f"There is no step {to!r}: the journal has steps 0 to {len(self.steps) - 1}.")
+        if self.steps[to].action == "undo":
+            raise SessionError(f"Step {to} is itself an undo: go to step {self.steps[to].args['to']} instead.")
+        return to
 
     def append(
         self, action: str, *, layer_ids: Iterable[int], tensors: dict[str, Tensor] | None = None, **fields: Any
@@ -165,41 +197,48 @@ class Journal:
         JournalError, FileError
             The journal is closed; or it cannot be written, and is as it was before.
         """
-        if self._lock is None:
-            raise JournalError(f"The session on {self.folder} is closed: open it again with PruningSession.open.")
+        self.check_writable()
         number, parent = len(self.steps), self.head.step if self.steps else None
-        weights = self._save(number, tensors) if tensors else None
-        fields |= {"seconds": round(fields.get("seconds", 0.0), 3), "weights": weights, "versions": versions()}
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        step = asdict(Step(number, parent, action, list(layer_ids), time=now, **fields))
-        try:
-            line = json.dumps(step, allow_nan=False, default=lambda number: number.item()).encode()  # numpy's, torch's
-        except ValueError as error:
-            raise JournalError(f"A value of this {action} is NaN or infinite: it would hide a failure.") from error
-        path = self.folder / "journal.jsonl"
+        path, fields["seconds"] = self.folder / "journal.jsonl", round(fields.get("seconds", 0.0), 3)
         size = path.stat().st_size if path.exists() else 0
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         try:
-            with open(path, "ab") as file:
-                file.write(line + b"\n")
+            if tensors:
+                fields |= save_weights(self.folder, number, tensors)
+            line = sealed(Step(number, parent, action, list(layer_ids), time=now, versions=versions(), **fields))
+            with writing(path), open(path, "ab") as file:
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            os.truncate(path, size)  # take back the part that was written
-            raise disk_error(path, error) from error
-        self.steps.append(Step(**json.loads(line)))  # as it would be read again
+            self.steps.append(unsealed(line, number))  # as it would be read again
+        except BaseException:  # a full disk, or Ctrl-C: the step was not done, and nothing of it stays
+            del self.steps[number:]
+            if path.exists():
+                os.truncate(path, size)
+            (self.folder / "weights" / f"{number:03d}.safetensors").unlink(missing_ok=True)
+            raise
         return self.steps[-1]
 
     def branch(self, folder: str | Path, step: int) -> Journal:
         """Start a journal in another folder with the way to a step, its weights and losses."""
-        chain = self.path_to(step)
-        other = Journal.create(folder, {**self.config, "branched_from": [str(self.folder), step]})
-        for old in chain:
-            copied = {name: getattr(old, name) for name in ("layer_ids", "args", "result", "seed", "seconds")}
-            new = other.append(old.action, tensors=self._tensors(old), **copied)
-            if self.losses_of(old.step).is_file():
-                other.losses_of(new.step).parent.mkdir(exist_ok=True)
-                shutil.copyfile(self.losses_of(old.step), other.losses_of(new.step))
-        return other
+        chain, folder = self.path_to(step), _new(folder)
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # Made beside its place, and moved there whole: half a branch would open, and stand at another step.
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+                other = Journal.create(f"{scratch}/run", {**self.config, "branched_from": [str(self.folder), step]})
+                try:
+                    for old in chain:
+                        copied = {n: getattr(old, n) for n in ("layer_ids", "args", "result", "seed", "seconds")}
+                        new = other.append(old.action, tensors=load_weights(self.folder, old), **copied)
+                        if self.losses_of(old.step).is_file():
+                            other.losses_of(new.step).parent.mkdir(exist_ok=True)
+                            shutil.copyfile(self.losses_of(old.step), other.losses_of(new.step))
+                finally:
+                    other.close()
+                shutil.rmtree(folder, ignore_errors=True)  # what a process killed while creating one left there
+                other.folder.rename(folder)
+        return Journal.open(folder)
 
     # --------------------------------------------------------------- its files
 
@@ -211,38 +250,8 @@ class Journal:
         """The changed tensors of the student at `step`: for each the newest on the way there."""
         tensors: dict[str, Tensor] = {}
         for record in self.path_to(step):
-            tensors.update(self._tensors(record))
+            tensors.update(load_weights(self.folder, record))
         return tensors
-
-    def _tensors(self, record: Step) -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if record.weights is None:
-            return {}
-        path = self.folder / "weights" / record.weights
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise JournalError(
-                f"Step {record.step} needs {path}, which cannot be read: {error}. Go back to a step before it."
-            ) from error
-
-    def _save(self, number: int, tensors: dict[str, Tensor]) -> str:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        name = f"{number:03d}.safetensors"
-        packed = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        try:
-            with atomic_file(self.folder / "weights" / name) as temporary:
-                save_file(packed, temporary)
-        except SafetensorError as error:  # safetensors wraps the system's error
-            raise FileError(
-                f"The weights of step {number} could not be written to {self.folder} ({error}). Is the disk full? "
-                "The journal is as it was."
-            ) from error
-        return name
 
 
 _OPEN: weakref.WeakValueDictionary[Path, Journal] = weakref.WeakValueDictionary()
@@ -257,6 +266,20 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _new(folder: str | Path) -> Path:
+    """The whole path of a folder that a run can be made in; JournalError where something is there."""
+    folder = whole_path(folder)
+    if (folder / "config.json").exists():
+        raise JournalError(
+            f"{folder} already holds a run of teacher {read_config(folder).get('teacher')!r}. "
+            "Use PruningSession.open(folder) to go on with it, or choose another folder."
+        )
+    with writing(folder):
+        if folder.exists() and (not folder.is_dir() or not all(map(_left_over, folder.iterdir()))):
+            raise JournalError(f"{folder} is not an empty folder: choose a new one for the run.")
+    return folder
+
+
 def _left_over(path: Path) -> bool:
     """Whether a file is what `create` makes before a run folder is one: nothing of anybody's is lost with it."""
     half_written = path.name.startswith(".config.") and path.name.endswith(".tmp.json")
@@ -264,12 +287,25 @@ def _left_over(path: Path) -> bool:
     return path.name == "lock" or half_written or (path.name == "weights" and empty)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise JournalError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `config.json` of a run folder says; JournalError where there is none, or it says nothing."""
     path = folder / "config.json"
     if not path.is_file():
         raise JournalError(f"{folder} holds no run (no config.json): start one with PruningSession.create.")
     try:
-        return json.loads(path.read_text())
+        config = json.loads(_content(path))
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+        if "settings" not in config:
+            raise JournalError(f"{path} is no run's, but such as a model's checkpoint has: choose another folder.")
+        return config
     except ValueError as error:
         raise JournalError(f"{path} is not JSON ({error}): restore it, or start a new run.") from error
 
@@ -283,6 +319,6 @@ def _acquire(folder: Path):
     except Timeout:
         raise JournalError(
             f"{folder} is open in another session, and a run folder has one writer: close that one, or shut its kernel "
-            "down, and try again."
+            "down, and try again; or look at it with PruningSession.open(folder, read_only=True)."
         ) from None
     return lock

@@ -11,15 +11,16 @@ from typing import Any
 import pandas as pd
 
 from ildlab.distill.config import DistillConfig
-from ildlab.errors import SessionError
+from ildlab.errors import DistillError, SessionError
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.suites import load_suite
 from ildlab.progress import Progress, Work, relabel
 from ildlab.session import actions
 from ildlab.session.journal import CHANGES_STUDENT, Step
+from ildlab.session.places import in_suite, whole
 from ildlab.session.run import Run
 from ildlab.session.tables import history_table
-from ildlab.typed import read_fields
+from ildlab.typed import read_fields, read_values
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class RunSettings:
     suite_each: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "final", self.final or None)
         read_fields(self, SessionError)
+        final = self.final and read_values(DistillConfig, self.final, DistillError)
+        object.__setattr__(self, "final", final or None)
+        object.__setattr__(self, "suite", in_suite(self.suite, whole))
         if self.max_loss is not None and not 0 < self.max_loss < 1:
             raise SessionError(f"max_loss={self.max_loss}: it is a share of the teacher's quality, between 0 and 1.")
         if self.target_layers is None and (self.final or not self.suite_each):

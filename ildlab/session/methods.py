@@ -6,7 +6,6 @@ carry the names of the published curves (`data/published/qwen2.5-3b_aggregate_cu
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +14,12 @@ from typing import Any
 
 import pandas as pd
 
-from ildlab.distill.config import DistillConfig
 from ildlab.errors import SessionError
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.results import SuiteResult
 from ildlab.files import data_dir
 from ildlab.model.load import LoadedModel
 from ildlab.progress import Progress, Work, relabel
-from ildlab.session.config import SessionConfig
 from ildlab.session.run import Run
 from ildlab.session.session import PruningSession
 from ildlab.session.tables import canary_scores
@@ -90,7 +87,7 @@ def compare_steps(
         raise SessionError(
             f"remove={remove} of {depth} layers, evaluate_every={evaluate_every}: give 1 to {depth - 1}."
         )
-    folder, parts, table = Path(folder), [], None
+    folder, parts, table = Path(folder).expanduser().absolute(), [], None
     skip = _rows_that_chose(ablation, ablation_options or {}, suite)
     for number, name in enumerate(methods):
         method = METHODS[name]
@@ -98,7 +95,7 @@ def compare_steps(
         if metric == "task":
             options = {"suite": suite, **options}
         wanted = {"metric": metric, "measure": options, "suite": suite, **settings}
-        with _session(folder / name, teacher, wanted) as session:
+        with PruningSession.resume(folder / name, teacher, **wanted) as session:
             known = 0
             for progress in _advance(session, method, remove, evaluate_every, folder / "suites"):
                 if known < len(session.steps):  # a curve costs a bootstrap: drawn where a step is new
@@ -107,34 +104,6 @@ def compare_steps(
                 yield Progress(done, len(methods) * remove, f"{method.label}: {progress.note}", table)
             parts.append(curve(session, name, skip))
     return pd.concat(parts, ignore_index=True)
-
-
-def _session(folder: Path, teacher: LoadedModel, wanted: dict[str, Any]) -> PruningSession:
-    """A new run, or the one in the folder; SessionError where that one was begun with other settings."""
-    if not (folder / "config.json").exists():
-        return PruningSession.create(folder, teacher, **wanted)
-    session = PruningSession.open(folder, teacher)
-    # What the caller leaves to the defaults may have been another default when the run was begun.
-    stored, fresh = (
-        {name: _settled(name, getattr(config, name)) for name in wanted}
-        for config in (session.config, SessionConfig(session.config.teacher, **wanted))
-    )
-    other = [f"{name} was {stored[name]}, now {fresh[name]}" for name in wanted if stored[name] != fresh[name]]
-    if other:
-        session.close()
-        raise SessionError(
-            f"The run in {folder} was begun with other settings ({'; '.join(other)}): go on with those, or compare in "
-            "another folder."
-        )
-    return session
-
-
-def _settled(name: str, value: Any) -> str:
-    """A setting as text: equal where two mean the same."""
-    if name == "distill":
-        config = DistillConfig.from_dict(value)
-        value = config.to_dict() | {"seed": config.seed or 0}
-    return json.dumps(value, sort_keys=True)
 
 
 def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path) -> Work[None]:

@@ -4,112 +4,45 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
-from ildlab.errors import JournalError, SessionError
+from ildlab.errors import IldlabError, JournalError, SessionError, out_of_memory
 from ildlab.evaluate.record import Evaluation
 from ildlab.importance.scores import LayerScores
-from ildlab.model.fingerprints import fingerprint
-from ildlab.model.load import LoadedModel, load_model
+from ildlab.limits import check_ids, check_length
+from ildlab.model.load import LoadedModel
 from ildlab.model.stack import LayerStack
-from ildlab.session.config import SessionConfig, storage_dtype
-from ildlab.session.doctor import check_describable
+from ildlab.session.config import SessionConfig
 from ildlab.session.journal import CHANGES_STUDENT, Journal, Step
+from ildlab.session.places import gone, whole
 from ildlab.text.blocks import TextBlocks, load_text
-
-FORMAT = 2  # of a run folder; 1 named its teacher by another fingerprint
-STAGES = (
-    2  # of a distillation; a folder that does not say so was made when there was one, and these were the defaults:
-)
-ONE_STAGE = {"scope": "window(2)", "hidden_weight": 1.0, "batch_size": 4, "learning_rate": 2e-4, "local_tokens": 0}
+from ildlab.typed import reading
 
 
 class Run:
     """A run folder opened: its journal, its frozen teacher, and the student that the journal leads to.
 
-    Made by `create` or `open`. The student shares with the teacher every weight that did not change.
+    Made by what `ildlab.session.opening` has. The student shares with the teacher every weight that did not change.
     """
 
     def __init__(self, journal: Journal, loaded: LoadedModel, teacher: LayerStack):
         self.journal, self.folder = journal, journal.folder
-        known = SessionConfig.__dataclass_fields__  # an older version had settings that are no more
-        settings = {k: v for k, v in journal.config["settings"].items() if k in known}
-        if "distill_stages" not in journal.config:
-            settings["distill"] = ONE_STAGE | settings.get("distill", {})
-        self.config = SessionConfig(**settings)
+        self.config = SessionConfig.stored(journal.config, self.folder)
         self.loaded, self.tokenizer, self.teacher = loaded, loaded.tokenizer, teacher
         self._text: dict[tuple, TextBlocks] = {}
         self._busy, self._action, self._began = threading.Lock(), "", 0.0
         self.student = self.student_at(journal.head.step)
 
-    # ------------------------------------------------------- making, opening
-
-    @classmethod
-    def create(
-        cls,
-        folder: str | Path,
-        teacher: str | LoadedModel = "smollm2-135m",
-        *,
-        dtype: str = "auto",
-        device: str = "auto",
-        **settings: Any,
-    ) -> Self:
-        """Start a run in a new folder; nothing is written where an argument is wrong, or the model cannot lose a layer.
-
-        `dtype` and `device` are those of `load_model`, `settings` fields of `SessionConfig` (`distill` may be a
-        `DistillConfig`).
-        """
-        config = SessionConfig.of(getattr(teacher, "name", teacher), settings)  # before the model is loaded
-        loaded = _loaded(teacher, dtype, device)
-        config = replace(config, teacher=loaded.name)
-        stack = LayerStack(loaded.model)
-        check_describable(stack)
-        splits = ("calibration", "eval") if config.eval_text else ("calibration",)
-        texts = {split: text_record(load_split(config, loaded.tokenizer, split)) for split in splits}
-        facts = {"ildlab_run": FORMAT, "teacher": loaded.name, "fingerprint": fingerprint(stack, any_dtype=True)}
-        facts |= {
-            "distill_stages": STAGES,
-            "layers": len(stack),
-            "weights_dtype": str(storage_dtype(stack)).removeprefix("torch."),
-        }
-        journal = Journal.create(folder, facts | {"settings": asdict(config)})
-        about = {"args": {"teacher": loaded.name}, "result": {"text": texts}}
-        journal.append("create", layer_ids=stack.layer_ids, seed=config.seed, **about)
-        return cls(journal, loaded, stack)
-
-    @classmethod
-    def open(
-        cls, folder: str | Path, teacher: str | LoadedModel | None = None, *, dtype: str = "auto", device: str = "auto"
-    ) -> Self:
-        """Go on with a run where it stood; `teacher` says where its teacher is now, if not under the run's name for it.
-
-        Raises
-        ------
-        JournalError
-            No run there, another session has it open, or it is another teacher's.
-        """
-        journal = Journal.open(folder)
-        try:
-            loaded = _loaded(teacher or journal.config["teacher"], dtype, device)
-            stack = LayerStack(loaded.model)
-            _check_teacher(journal, loaded.name, stack)
-            if not journal.steps:  # killed between config.json and the first line
-                journal.append("create", layer_ids=stack.layer_ids, args={"teacher": loaded.name})
-            return cls(journal, loaded, stack)
-        except BaseException:
-            journal.close()
-            raise
-
+    @reading(SessionError)
     def branch(self, folder: str | Path, step: int | None = None) -> Self:
         """A second run, in a folder of its own, that shares this one's past up to a step (by default today's)."""
+        self.journal.config |= self.config.told(whole)  # by whole paths: the other folder is elsewhere
         journal = self.journal.branch(folder, self.journal.head.step if step is None else step)
         return type(self)(journal, self.loaded, self.teacher)
 
@@ -184,6 +117,7 @@ class Run:
         step = next((s for s in reversed(self.path) if s.action in (action, *since)), None)
         return step if step is not None and step.action == action else None
 
+    @reading(SessionError)
     def scores_at(self, step: int) -> LayerScores:
         """The scores that a `measure` step found."""
         record = self.journal.path_to(step)[-1]
@@ -191,7 +125,10 @@ class Run:
             raise SessionError(f"Step {step} is a {record.action}, not a measure: it has no scores.")
         return LayerScores.from_dict(record.result["scores"])
 
-    def text(self, split: str, source: str | None = None, tokens: int | None = None) -> TextBlocks:
+    @reading(SessionError)
+    def text(
+        self, split: Literal["calibration", "train", "eval"], source: str | None = None, tokens: int | None = None
+    ) -> TextBlocks:
         """Text blocks of a split (`"calibration"`, `"train"` or `"eval"`); `tokens` asks for more than the run's.
 
         Training text is drawn anew after each removal, so that a longer run sees more text; the others stay the same,
@@ -200,11 +137,19 @@ class Run:
         seed = self.seed if split == "train" else self.config.seed
         key = (split, seed, source, tokens)
         if key not in self._text:
+            name = "eval_text" if split == "eval" and self.config.eval_text else "text"
+            own = getattr(self.config, name)
+            if source is None and gone(own):
+                raise JournalError(
+                    f"The text of {self.folder} is no longer at {own}: put it back, or say where it is now, "
+                    f"PruningSession.open({str(self.folder)!r}, {name}=...)."
+                )
             # One text a split is kept: an old iteration's training text is not needed again.
             self._text = {other: kept for other, kept in self._text.items() if other[0] != split}
-            self._text[key] = load_split(self.config, self.tokenizer, split, seed, source, tokens or 0)
+            self._text[key] = load_split(self.config, self.loaded, split, seed, source, tokens or 0)
         return self._text[key]
 
+    @reading(SessionError)
     def student_at(self, step: int) -> LayerStack:
         """The student as it was at a step; it shares with the teacher every weight that did not change."""
         record = self.journal.path_to(step)[-1]
@@ -221,11 +166,14 @@ class Run:
     # ----------------------------------------------------------------- acting
 
     @contextmanager
-    def acting(self, action: str) -> Iterator[None]:
+    def acting(self, action: str, *, writes: bool = True) -> Iterator[None]:
         """Hold the run for one action; SessionError where another is in hand, in this thread or another.
 
-        Two at a time would work on a student that the other one changes.
+        Two at a time would work on a student that the other one changes. JournalError where it `writes`, to a run that is
+        closed or open to read only.
         """
+        if writes:
+            self.journal.check_writable()
         if not self._busy.acquire(blocking=False):
             raise SessionError(
                 f"Cannot {action} now: the session is in the middle of {self._action}. Let it end, or stop it first "
@@ -234,6 +182,13 @@ class Run:
         self._action, self._began = action, time.perf_counter()
         try:
             yield
+        except Exception as error:
+            if isinstance(error, IldlabError) or not out_of_memory(error):
+                raise
+            raise SessionError(
+                f"Out of memory: cannot {action} here. The run is as it was; take fewer or shorter blocks, or a smaller "
+                "batch_size, or free memory."
+            ) from error
         finally:
             self._busy.release()
 
@@ -263,40 +218,32 @@ class Run:
 
 
 def load_split(
-    config: SessionConfig, tokenizer, split: str, seed: int | None = None, source: str | None = None, tokens: int = 0
+    config: SessionConfig,
+    loaded: LoadedModel,
+    split: str,
+    seed: int | None = None,
+    source: str | None = None,
+    tokens: int = 0,
 ) -> TextBlocks:
-    """Text blocks of a split as a config says, or of another seed or source; `tokens` asks for more than its own."""
-    return load_text(
+    """Text blocks of a split as a config says, or of another seed or source; `tokens` asks for more than its own.
+
+    Raises ModelError where they are longer than the model's window, or hold a token that its embedding lacks.
+    """
+    check_length(loaded.model, config.block)  # before a long text is read
+    blocks = load_text(
         source or (split == "eval" and config.eval_text) or config.text,
-        tokenizer,
+        loaded.tokenizer,
         block=config.block,
         tokens=max(tokens, getattr(config, f"{split}_tokens")),
         split=split,
         seed=config.seed if seed is None else seed,
         text_column=config.text_column,
     )
+    check_ids(loaded.model, blocks.tokens, loaded.tokenizer)
+    return blocks
 
 
 def text_record(blocks: TextBlocks) -> dict[str, Any]:
     """What a journal says of the text that a step used; `bos` are the ids that open each block, where any do."""
     told = {"source": blocks.source, "fingerprint": blocks.fingerprint, "bos": list(blocks.bos)}
     return told | ({"note": blocks.note} if blocks.note else {})
-
-
-def _loaded(teacher: str | LoadedModel, dtype: str, device: str) -> LoadedModel:
-    return teacher if isinstance(teacher, LoadedModel) else load_model(teacher, dtype=dtype, device=device)
-
-
-def _check_teacher(journal: Journal, name: str, stack: LayerStack) -> None:
-    """Raise JournalError where a run is another teacher's."""
-    config, found = journal.config, fingerprint(stack, any_dtype=True)
-    older = config.get("ildlab_run") != FORMAT
-    if len(stack) != config["layers"] or not (older or found == config["fingerprint"]):
-        raise JournalError(
-            f"{journal.folder} holds a run of another teacher ({config['teacher']!r}, {config['layers']} layers) than "
-            f"{name!r} ({len(stack)} layers): open it with that one, or start a run in another folder."
-        )
-    if older:
-        warnings.warn(
-            f"An older ildlab began {journal.folder}: if {name!r} is its teacher cannot be checked.", stacklevel=4
-        )

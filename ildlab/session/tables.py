@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
 from ildlab.evaluate.record import Evaluation
-from ildlab.evaluate.results import compare
+from ildlab.evaluate.results import SuiteResult, compare
 from ildlab.session.journal import Step
 from ildlab.session.run import Run
 
@@ -50,23 +51,80 @@ def history_table(run: Run, step: int | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*COLUMNS.split(), *canaries])
 
 
+HEADS = {
+    "n_removed": "layers removed",
+    "layer_id": "the last one",
+    "score": "its score",
+    "layers": "layers left",
+    "parameters": "parameters",
+    "perplexity_pruned": "perplexity, just removed",
+    "kl_pruned": "KL, just removed",
+    "aggregate_pruned": "aggregate, just removed",
+    "perplexity": "perplexity",
+    "kl": "KL (nats/token)",
+    "perplexity_undistilled": "perplexity, never distilled",
+    "agreement": "same top token",
+    "aggregate": "aggregate",
+    "loss": "quality lost",
+    "seconds": "time",
+}
+
+
+def history_html(run: Run) -> str:
+    """`history_table` for people: names and units in words, what was done so far, and the teacher to compare with."""
+    table = history_table(run).drop(columns=["kl_undistilled"])
+    if len(table) == 1 and table["perplexity"].isna().all():
+        return "<div>Nothing was removed yet: each removal adds a line here, with what it cost.</div>"
+    judged = [step.result["evaluation"] for step in run.path if step.action == "evaluate"]
+    if judged:  # every evaluation scores the teacher too
+        for name, of in {"perplexity": "teacher_perplexity", "parameters": "teacher_parameters"}.items():
+            table[name] = table[name].astype(float)
+            table.loc[0, name] = judged[-1][of]
+        table.loc[0, "kl"] = 0.0
+    table["n_removed"] = ["none: the teacher", *(f"{n:.0f}" for n in table["n_removed"][1:])]
+    table.loc[0, "seconds"] = table["seconds"][0] or math.nan
+    share = "{:.1%}".format
+    how = {
+        "parameters": lambda v: f"{v / 1e6:,.1f} M",
+        "agreement": share,
+        "loss": share,
+        "seconds": "{:.0f} s".format,
+    }
+    how |= {"layers": "{:.0f}".format, "layer_id": "{:.0f}".format, "n_removed": str}
+    told = {
+        HEADS.get(name, name.replace("_", " ")): [
+            "" if pd.isna(v) else how.get(name, "{:.4g}".format)(v) for v in values
+        ]
+        for name, values in table.dropna(axis=1, how="all").items()
+    }
+    return f'<div style="overflow-x:auto">{pd.DataFrame(told).to_html(index=False, border=0)}</div>'
+
+
 def task_table(run: Run) -> pd.DataFrame:
     """Scores by task of suite and canaries, with the changes: teacher | pruned by the last removal | today's student.
 
     A model that was not scored has no column.
     """
+    parts = {}
+    for kind in ("suite", "canaries"):
+        scored = scored_models(run, kind)
+        if len(scored) > 1:
+            parts[kind] = compare(**scored)
+    return pd.concat(parts, names=["of", "task"]) if parts else pd.DataFrame()
+
+
+def scored_models(run: Run, kind: str = "suite") -> dict[str, SuiteResult]:
+    """Results of suite or canaries: of the teacher, the student that the last removal left, and today's."""
     models: dict[str, Evaluation] = {}
     for step, stage in staged(run.path):
         if step.action == "remove":
             models = {name: found for name, found in models.items() if name == "teacher"}
         elif step.action == "evaluate":
             models[stage] = Evaluation.from_dict(step.result["evaluation"])
-    parts = {}
-    for kind in ("suite", "canaries"):
-        scored = {name: getattr(found, kind) for name, found in models.items() if getattr(found, kind) is not None}
-        if len(scored) > 1:
-            parts[kind] = compare(**scored)
-    return pd.concat(parts, names=["of", "task"]) if parts else pd.DataFrame()
+    last = next(reversed(models.values()), None)
+    # Every evaluation has scored the teacher too.
+    scored = {"teacher": getattr(last, f"teacher_{kind}", None)} | {n: getattr(e, kind) for n, e in models.items()}
+    return {name: result for name, result in scored.items() if result is not None}
 
 
 def staged(path: Iterable[Step]) -> Iterator[tuple[Step, str]]:

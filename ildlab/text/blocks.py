@@ -6,18 +6,17 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from ildlab.errors import TextError
-from ildlab.files import atomic_file, cache_dir
 from ildlab.text.mix import interleaved, kind_of, packed, rows_file, rows_of, summands
 from ildlab.text.sources import SPLITS, Documents, find_documents
-
-_MAPPED = 16 * 2**20  # tokens (64 MB as int32) from which on a stream lives in a memory-mapped file
+from ildlab.text.stream import token_stream
+from ildlab.typed import reading
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +30,7 @@ class TextBlocks:
     seed: int
     # sha256 (hex) of the tokens as little-endian int32, of the block length, and of `scored` where there is some
     fingerprint: str
-    note: str = ""  # for a person, such as that there was less text than asked for
+    note: str = ""  # for a person: that there was less text than asked for, or that rows of a table held none
     bos: tuple[
         int, ...
     ] = ()  # the ids that the tokenizer puts before a text, most often one or none: each block has them
@@ -67,6 +66,7 @@ class TextBlocks:
         )
 
 
+@reading(TextError)
 def load_text(
     source: str | os.PathLike | Sequence[str],
     tokenizer: Any,
@@ -87,7 +87,7 @@ def load_text(
     source : str, path or sequence of str
         - ``"python-docs"``: Python's help topics, and the docstrings of packages that every install has.
         - ``"teacher-samples"``: texts sampled from a teacher, which ship with ildlab.
-        - a .txt, .md, .jsonl, .jsonl.gz or .parquet file, or a folder of them.
+        - a .txt, .md, .jsonl, .jsonl.gz or .parquet file, or a folder of them: UTF-8, or what a byte-order mark says.
         - a Hub data set, ``"owner/name"`` or ``"owner/name:configuration"``, of which the train rows are read
           as a stream (and kept in the cache: a later change on the Hub is not noticed).
         - a list of str, each a document.
@@ -108,7 +108,8 @@ def load_text(
     seed : int
         Sets the order of the documents.
     text_column : str, optional
-        Column or key of .jsonl, .parquet and Hub sources; by default "text", or the only one that holds strings.
+        Column or key of .jsonl, .parquet and Hub sources; by default "text", or the only one that holds strings, where
+        they read as text. Rows that hold none are left out, and counted in `TextBlocks.note`.
 
     Raises
     ------
@@ -128,16 +129,19 @@ def load_text(
     if len(terms) > 1:
         return _mixture(source, terms, tokenizer, tokens, block=block, split=split, seed=seed, text_column=text_column)
     # A weight says nothing where there is one source.
-    return _one(terms[0][0] if terms else source, tokenizer, tokens, block, split, seed, text_column)
+    found, left_out = _one(terms[0][0] if terms else source, tokenizer, tokens, block, split, seed, text_column)
+    return replace(found, note=f"{found.note} {left_out}".strip())
 
 
-def _one(source, tokenizer, tokens: int | None, block: int, split: str, seed: int, text_column: str | None):
-    """Blocks of one source, whose name is not taken apart any more."""
+def _one(
+    source, tokenizer, tokens: int | None, block: int, split: str, seed: int, text_column: str | None
+) -> tuple[TextBlocks, str]:
+    """Blocks of one source, whose name is not taken apart any more, and what is told of rows left out."""
     bos = opening_ids(tokenizer)
     if isinstance(source, str) and (file := rows_file(source)):
         rows = rows_of(file[1], kind_of(source), split, seed)
         if any(context for parts in rows for context in parts[::2]):
-            return _of_rows(rows, source, tokenizer, tokens, block=block, split=split, seed=seed)
+            return _of_rows(rows, source, tokenizer, tokens, block=block, split=split, seed=seed), ""
         documents = Documents(source, None, lambda: iter("".join(parts) for parts in rows))
     else:
         documents = find_documents(source, split=split, seed=seed, text_column=text_column)
@@ -146,7 +150,14 @@ def _one(source, tokenizer, tokens: int | None, block: int, split: str, seed: in
 
     most = None if tokens is None else tokens // block
     room = block - len(bos)  # tokens of text in a block
-    stream = _token_stream(documents, tokenizer, split, seed, None if most is None else most * room)
+    key = f"{tokenizer_fingerprint(tokenizer)}|{split}|{seed}"
+    encode, wanted = partial(_encode, tokenizer), None if most is None else most * room
+    stream, left_out = token_stream(documents, encode, _separator(tokenizer), key, wanted)
+    if not len(stream):
+        raise TextError(
+            f"The {split} split of {documents.source} is empty: a source has to hold some dozens of paragraphs or rows "
+            f"for each split to get its share. Give more text. {left_out}".strip()
+        )
     blocks = len(stream) // room
     note = ""
     if most is not None and blocks < most:
@@ -155,12 +166,12 @@ def _one(source, tokenizer, tokens: int | None, block: int, split: str, seed: in
         needed = "two blocks" if note else "one block"
         raise TextError(
             f"The {split} split of {documents.source} is too short: {len(stream)} tokens do not fill {needed} of {block}. "
-            "Give more text, or lower block."
+            f"Give more text, or lower block. {left_out}".strip()
         )
     packed = torch.from_numpy(stream[: blocks * room]).view(blocks, room)  # [blocks, block - len(bos)]
     if bos:  # without, the blocks stay a view of the stream, which may be a file
         packed = torch.cat([torch.tensor(bos, dtype=torch.int32).expand(blocks, -1), packed], 1)  # [blocks, block]
-    return TextBlocks(packed, documents.source, split, seed, _fingerprint(packed), note, bos)
+    return TextBlocks(packed, documents.source, split, seed, _fingerprint(packed), note, bos), left_out
 
 
 def _mixture(source: str, terms, tokenizer, tokens: int | None, **options: Any) -> TextBlocks:
@@ -174,10 +185,12 @@ def _mixture(source: str, terms, tokenizer, tokens: int | None, **options: Any) 
             f"tokens={tokens}: {source!r} has {len(names)} kinds of text, and needs a block of {options['block']} for "
             f"each; give at least {len(names) * options['block']} tokens, or shorter blocks."
         )
-    parts = []
+    parts, told = [], []
     for name, weight in zip(names, weights, strict=True):
         share = None if total is None else (int(total * weight / sum(weights)) + 2) * options["block"]
-        parts.append(_one(name, tokenizer, share, **options))
+        part, left_out = _one(name, tokenizer, share, **options)
+        parts.append(part)
+        told += [left_out] if left_out else []
     order = interleaved([len(part) for part in parts], weights, total)
     tokens_ = torch.stack([parts[p].tokens[row] for p, row in order])  # [blocks, block]
     scored = None
@@ -185,25 +198,25 @@ def _mixture(source: str, terms, tokenizer, tokens: int | None, **options: Any) 
         everywhere = torch.ones(options["block"], dtype=torch.bool)
         scored = torch.stack([everywhere if (s := parts[p].scored) is None else s[row] for p, row in order])
     kinds = tuple(kind_of(names[p]) for p, _ in order)
-    note = ""
     if len(order) < (total or 0):
-        note = f"{tokens:,} tokens were asked for; shares stay as they are, so {tokens_.numel():,} are given: "
-        note += " ".join(part.note for part in parts if part.note)
-    more = {"tokens": tokens_, "scored": scored, "kinds": kinds, "note": note}
+        short = f"{tokens:,} tokens were asked for; shares stay as they are, so {tokens_.numel():,} are given:"
+        told = [short, *(part.note for part in parts if part.note), *told]
+    more = {"tokens": tokens_, "scored": scored, "kinds": kinds, "note": " ".join(told)}
     return replace(parts[0], source=source, fingerprint=_fingerprint(tokens_, scored), **more)
 
 
 def _of_rows(rows: list[list[str]], source: str, tokenizer, tokens: int | None, **options: Any) -> TextBlocks:
     """Blocks of rows with targets, each row whole, an EOS after it."""
-    encoded, bos, block = _encoded_rows(rows, tokenizer), opening_ids(tokenizer), options["block"]
+    bos, block, lengths = opening_ids(tokenizer), options["block"], []
     most = None if tokens is None else tokens // block
+    encoded = _encoded_rows(rows, tokenizer, lengths)  # no more of them than the blocks wanted call for
     found, scored = (torch.from_numpy(each) for each in packed(encoded, block - len(bos), most))
     note = f"{tokens:,} tokens were asked for; {source} has {found.numel():,}." if len(found) < (most or 0) else ""
-    long = sum(len(ids) > block - len(bos) for ids, _ in encoded)
+    long = sum(length > block - len(bos) for length in lengths)
     if long and note:
-        note += f" {long} of its {len(encoded)} rows are longer than a block, and left out."
+        note += f" {long} of its {len(lengths)} rows are longer than a block, and left out."
     if len(found) < 1:
-        longest = max(len(ids) for ids, _ in encoded) if encoded else 0
+        longest = max(lengths, default=0)
         advice = (
             f"its rows have up to {longest} tokens: raise block"
             if longest > block
@@ -218,78 +231,18 @@ def _of_rows(rows: list[list[str]], source: str, tokenizer, tokens: int | None, 
     return TextBlocks(found, source, options["split"], options["seed"], print_, note, bos, scored, kinds)
 
 
-def _encoded_rows(rows: list[list[str]], tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """Token ids of each row, as a text in one piece, and which of them end in a target."""
-    texts = ["".join(parts) for parts in rows]
+def _encoded_rows(rows: list[list[str]], tokenizer, lengths: list[int]) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids of each row, as a text in one piece, and which of them end in a target; `lengths` grows with them."""
     how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    found, after, encoded = tokenizer(texts, return_offsets_mapping=True, **how), _separator(tokenizer), []
-    for parts, ids, places in zip(rows, found["input_ids"], found["offset_mapping"], strict=True):
-        ends = np.cumsum([len(part) for part in parts])  # context, target, context, ... end here
-        said = np.searchsorted(ends, [end - 1 for _, end in places], side="right") % 2 == 1
-        encoded.append(([*ids, after], [*said.tolist(), False]))
-    return encoded
-
-
-# ---- documents to one stream of tokens -------------------------------------------------------------
-
-
-def _token_stream(documents: Documents, tokenizer, split: str, seed: int, wanted: int | None) -> np.ndarray:
-    """Return `wanted` tokens of the packed documents (fewer where they end; all, for None), from the cache if it can.
-
-    A stream depends on source, tokenizer, split and seed alone: fewer tokens are a prefix of more, and blocks of any
-    length are cut from one stream.
-    """
     after = _separator(tokenizer)
-    stem = None
-    if documents.identity is not None:
-        # The number counts changes of what a stream holds: of a tokenizer that opens texts it once held BOS too.
-        version = 2 if opening_ids(tokenizer) else 1
-        identity = f"{version}|{documents.identity}|{tokenizer_fingerprint(tokenizer)}|{split}|{seed}"
-        stem = "tokens-" + hashlib.sha256(identity.encode()).hexdigest()[:24]
-        for ending in ("all", "part"):  # the source ends there, or there is more of it
-            stream = _read_stream(cache_dir("text") / f"{stem}-{ending}.npy")
-            if stream is not None and (ending == "all" or wanted is not None and len(stream) >= wanted):
-                return stream[:wanted]
-
-    pieces, have, ended = [], 0, False
-    texts = documents.stream()
-    while not ended and (wanted is None or have < wanted):
-        # About 4 characters a token: tokenise no more documents than the tokens wanted call for.
-        batch = _batch(texts, 4_000_000 if wanted is None else min(4_000_000, 4 * (wanted - have)))
-        ended = not batch
-        for ids in _encode(tokenizer, batch) if batch else []:
-            pieces.append(np.asarray([*ids, after], dtype=np.int32))
-            have += len(pieces[-1])
-    if not pieces:
-        raise TextError(
-            f"The {split} split of {documents.source} is empty: a source has to hold some dozens of "
-            "paragraphs or rows for each split to get its share. Give more text."
-        )
-    stream = np.concatenate(pieces)
-    if stem is not None and (have >= _MAPPED or not documents.identity.startswith("files:")):
-        file = cache_dir("text") / f"{stem}-{'all' if ended else 'part'}.npy"
-        with atomic_file(file) as temporary:
-            np.save(temporary, stream)
-        stream = _read_stream(file)
-    return stream[:wanted]
-
-
-def _read_stream(file: Path) -> np.ndarray | None:
-    """Read a cached stream, memory-mapped where it is large; None where it is absent or damaged."""
-    try:
-        # Mode c: torch wants writable memory; what is written stays private to this process.
-        large = file.stat().st_size >= 4 * _MAPPED
-        return np.load(file, mmap_mode="c" if large else None)
-    except (FileNotFoundError, ValueError, EOFError):
-        return None
-
-
-def _batch(texts: Iterator[str], characters: int) -> list[str]:
-    batch: list[str] = []
-    while characters > 0 and len(batch) < 4096 and (text := next(texts, None)) is not None:
-        batch.append(text)
-        characters -= len(text)
-    return batch
+    for start in range(0, len(rows), 256):
+        batch = rows[start : start + 256]
+        found = tokenizer(["".join(parts) for parts in batch], return_offsets_mapping=True, **how)
+        for parts, ids, places in zip(batch, found["input_ids"], found["offset_mapping"], strict=True):
+            ends = np.cumsum([len(part) for part in parts])  # context, target, context, ... end here
+            said = np.searchsorted(ends, [end - 1 for _, end in places], side="right") % 2 == 1
+            lengths.append(len(ids) + 1)
+            yield [*ids, after], [*said.tolist(), False]
 
 
 def _encode(tokenizer, texts: list[str]) -> list[list[int]]:
@@ -305,10 +258,26 @@ def opening_ids(tokenizer) -> tuple[int, ...]:
 
     Read off a text that it encodes: a `bos_token` may be set and never put (Qwen, SmolLM2).
     """
+    if not callable(tokenizer):
+        raise TextError(f"tokenizer={tokenizer!r}: give the model's, such as load_model(name).tokenizer.")
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer("a", verbose=False)["input_ids"]
     start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), 0)
     return tuple(whole[:start])
+
+
+def opened(opening: Sequence[int], ids: list[int]) -> list[int]:
+    """Token ids with what opens a sequence before them; a chat template, or the text itself, may have put it there."""
+    return ids if tuple(ids[: len(opening)]) == tuple(opening) else [*opening, *ids]
+
+
+def encode_prompts(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts that a model is to go on with: each opened as the tokenizer opens a text, and never ended.
+
+    Whatever a tokenizer appends by itself (an EOS, in some) says that the text is over: what follows would be another.
+    """
+    opening = opening_ids(tokenizer)
+    return [opened(opening, ids) for ids in _encode(tokenizer, list(texts))]
 
 
 def _separator(tokenizer) -> int:

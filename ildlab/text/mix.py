@@ -7,12 +7,11 @@ split, where a row names none, is told by a hash of its text.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from ildlab.errors import TextError
-from ildlab.files import data_dir
-from ildlab.text.sources import exists, expecting, split_of
+from ildlab.files import data_dir, exists, open_text, parted
+from ildlab.text.sources import encodable, split_of
+from ildlab.text.tables import expecting
 
 # Shares of a mix, by kind; 1 for any other. Prose is what most is lost and won back on: docs/distillation.md.
 WEIGHTS = {"prose": 4, "answers": 3, "copies": 2, "lists": 0.4, "arithmetic": 0.6}
@@ -37,27 +37,33 @@ def shipped() -> Path:
 def summands(source: str) -> list[tuple[str, float]]:
     """Sources and weights of a sum such as `"prose.txt*3+python-docs"`; one alone is a sum of one.
 
-    `"mix"`, and any file of rows, is the sum of its kinds; `"mix:copies"` one of them.
+    `"mix"`, and any file of rows, is the sum of its kinds; `"mix:copies"` one of them. A file whose name holds + or *
+    is that file: from the left, the longest stretch between two + that is there, with its weight, is one source.
 
     Raises TextError where a weight is no number above 0, or the file of rows cannot be read.
     """
-    if exists(Path(source).expanduser()):
-        return _kinds_of(source, 1.0)
-    found = []
-    for term in source.split("+"):
-        name, star, factor = (
-            term.strip().rpartition("*") if re.search(r"\*[\d.]+\s*$", term) else (term.strip(), "", "1")
-        )
-        try:
-            weight = float(factor)
-        except ValueError:
-            weight = 0.0
-        if weight <= 0 or not name:
-            raise TextError(
-                f"text source {term.strip()!r}: expected a source, or source*weight with a weight above 0."
-            )
-        found += _kinds_of(name.strip(), weight)
-    return found
+    return [each for term in parted(source, "+", _is_there) for each in _kinds_of(*_weighed(term))]
+
+
+def _is_there(term: str) -> bool:
+    """Whether a term is a file or folder, or a kind of one, with a weight or without."""
+    names = {term, re.sub(r"\*[\d.]+\s*$", "", term)}
+    names |= {base for base, _, kind in (name.rpartition(":") for name in names) if _is_kind(kind)}
+    return any(map(exists, names - {""}))
+
+
+def _weighed(term: str) -> tuple[str, float]:
+    """Name and weight of one source."""
+    name, star, factor = term.rpartition("*") if re.search(r"\*[\d.]+\s*$", term) else ("", "", "")
+    if not star or exists(term):
+        name, factor = term, "1"
+    try:
+        weight = float(factor)
+    except ValueError:
+        weight = 0.0
+    if weight <= 0 or not name:
+        raise TextError(f"text source {term!r}: expected a source, or source*weight with a weight above 0.")
+    return name.strip(), weight
 
 
 def _kinds_of(name: str, weight: float) -> list[tuple[str, float]]:
@@ -74,12 +80,14 @@ def _kinds_of(name: str, weight: float) -> list[tuple[str, float]]:
 def rows_file(name: str) -> tuple[str, Path] | None:
     """The part of a source's name before `:kind`, and its file, where it is one of rows; None where it is not."""
     for base in dict.fromkeys((name, name.rpartition(":")[0])):
-        path = shipped() if base == "mix" else Path(base).expanduser()
-        if base and base.lower().endswith((".jsonl", ".jsonl.gz")) or base == "mix":
+        if base == "mix":
+            if not shipped().is_file():
+                raise TextError(f"The mix is not part of this copy of ildlab: {shipped()} does not exist.")
+            return base, shipped()
+        if base.lower().endswith((".jsonl", ".jsonl.gz")) and exists(base):
+            path = Path(base).expanduser()
             if path.is_file() and _holds_rows(path):
                 return base, path
-            if base == "mix":
-                raise TextError(f"The mix is not part of this copy of ildlab: {path} does not exist.")
     return None
 
 
@@ -105,7 +113,7 @@ def rows_of(path: Path, kind: str, split: str, seed: int) -> list[list[str]]:
 
 
 def packed(
-    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], room: int, blocks: int | None
+    rows: Iterable[tuple[Sequence[int], Sequence[bool]]], room: int, blocks: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pack rows of (token ids, whether each is a target) into blocks, each row whole.
 
@@ -155,17 +163,12 @@ def interleaved(lengths: Sequence[int], weights: Sequence[float], total: int | N
 # ---- files of rows ---------------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
-        yield from (line for line in lines if line.strip())
-
-
 def _holds_rows(path: Path) -> bool:
     """Whether the first line of a JSONL file is a row of a kind; what it is else, who reads it as text finds out."""
     try:
-        first = json.loads(next(_lines(path), "null"))
-    except (ValueError, OSError, EOFError, zlib.error):
+        with open_text(path) as lines:
+            first = json.loads(next(filter(str.strip, lines), "null"))
+    except (ValueError, OSError, EOFError, RecursionError, zlib.error):
         return False
     return isinstance(first, dict) and {"kind", "parts"} <= first.keys()
 
@@ -182,16 +185,17 @@ def _is_kind(kind: Any) -> bool:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], ...]:
-    return _rows(path, path.stat().st_mtime_ns)
+    stat = path.stat()
+    return _rows(path.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
-def _rows(path: Path, changed: int) -> tuple[dict[str, Any], ...]:
+def _rows(path: Path, size: int, changed: int) -> tuple[dict[str, Any], ...]:
     """All rows of a file, checked."""
     found = []
-    with expecting("rows of text (one JSON value a line, in UTF-8)", path):
-        lines = list(_lines(path))
-    for number, line in enumerate(lines, 1):
+    with expecting("rows of text (one JSON value a line)", path), open_text(path) as lines:
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    for number, line in numbered:
         row = _parsed(line)
         parts = row.get("parts") if isinstance(row, dict) else None
         texts = isinstance(parts, list) and all(isinstance(part, str) for part in parts)
@@ -200,5 +204,5 @@ def _rows(path: Path, changed: int) -> tuple[dict[str, Any], ...]:
                 f'Row {number} of {path}: expected {{"kind": "...", "parts": [context, target, ...]}} with '
                 "texts in pairs, and no :, + or * in a kind."
             )
-        found.append(row)
+        found.append(row | {"parts": [encodable(part) for part in parts]})
     return tuple(found)

@@ -7,29 +7,28 @@ or case alone count as one.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
+from threading import Lock
 
 from ildlab.errors import TextError
-from ildlab.files import cache_dir, data_dir, write_atomic
+from ildlab.files import cache_dir, data_dir, exists, for_later, locked, open_text, write_atomic
 from ildlab.progress import drive
 from ildlab.text.python_docs import python_docs_key, read_python_docs
+from ildlab.text.tables import Tally, expecting, jsonl_texts, parquet_texts, texts_of
 
 SPLITS = ("calibration", "train", "eval")
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 
 _MAX_CHUNK = 2000  # characters of a .txt or .md file that travel together
+_KEPT = 2**28  # bytes of documents, of the latest sources, that stay in memory to be read once a process
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Documents:
     identity: str | None  # changes whenever the documents may have changed; None where that cannot be told cheaply
     stream: Callable[[], Iterator[str]]  # returns a fresh iterator
     endless: bool = False  # may be too large to read whole (a Hub data set): a number of tokens has to be given
+    tally: Tally = field(default_factory=Tally)  # of the rows of its tables, of all splits, as far as they were read
 
 
 def find_documents(
@@ -49,34 +49,38 @@ def find_documents(
 
     `ildlab.text.blocks.load_text` says what the parameters are. Raises TextError where there is no such source.
     """
+    tally = Tally()
+
+    def of(name: str, identity: str | None, read: Callable[[Tally], Iterable[str]]) -> Documents:
+        return Documents(name, identity, lambda: _in_order(_split(identity, read, split, tally), seed), tally=tally)
+
     if not isinstance(source, str | os.PathLike):
-        texts = list(source)
-        if not all(isinstance(text, str) for text in texts):
-            raise TextError("A list of documents must hold str only; for token ids there is no need of load_text.")
-        return Documents(f"list of {len(texts)} texts", None, lambda: _in_split(texts, split, seed))
+        texts = checked_texts(source)
+        return of(f"list of {len(texts)} texts", None, lambda _: texts)
 
     name = str(source)
     if name == "python-docs":
         key = python_docs_key()
-        return Documents(name, key, lambda: _in_order(_python_docs(key, split), seed))
-    path = Path(name).expanduser()
+        return of(name, key, lambda _: _python_docs(key))
+    path = name
     if name == "teacher-samples":
         # The folder also holds the data card and the openings, which are no samples.
-        path = data_dir() / "teacher_samples" / "samples.jsonl.gz"
+        path, text_column = data_dir() / "teacher_samples" / "samples.jsonl.gz", None
         if not path.is_file():
             raise TextError(
                 f"The teacher's samples are not part of this copy of ildlab ({path} does not exist). "
                 'Use "python-docs", or your own file or folder of text.'
             )
     if exists(path):
-        files = _text_files(path)
+        files = _text_files(Path(path).expanduser())
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         identity = f"files:{text_column}:{hashlib.sha256(repr(stats).encode()).hexdigest()}"
-        return Documents(name, identity, lambda: _in_split(_file_texts(files, text_column), split, seed))
+        return of(name, identity, lambda counted: _file_texts(files, text_column, counted))
     # owner/name[:configuration]; anything that looks like a path is taken for a missing file.
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name) and not name.lower().endswith(SUFFIXES):
         identity = f"hub:{name}:{text_column}"
-        return Documents(name, identity, lambda: _distinct(_hub_texts(name, seed, text_column), split), endless=True)
+        rows = lambda: _distinct(_hub_texts(name, seed, text_column, tally), split)  # noqa: E731
+        return Documents(name, identity, rows, endless=True, tally=tally)
     raise TextError(
         f"There is no text source {name[:80]!r}: no such file or folder (looked in {Path.cwd()}). Give "
         '"python-docs", "teacher-samples", a file or folder of ' + "/".join(SUFFIXES) + ", a Hub data set id "
@@ -84,12 +88,19 @@ def find_documents(
     )
 
 
-def exists(path: Path) -> bool:
-    """Whether a file or folder is there; False for what cannot be a name of one."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a whole text given as a source: too long a name, or with a NUL
-        return False
+def checked_texts(texts: Iterable[str]) -> list[str]:
+    """Documents that are given as they are; TextError where they are no list of texts."""
+    listed = isinstance(texts, Iterable) and not isinstance(texts, str | Mapping)
+    found = list(texts) if listed else [texts]
+    wrong = next(
+        (type(text).__name__ for text in found if not isinstance(text, str)), "" if listed else "a single str"
+    )
+    if wrong:
+        raise TextError(
+            f"A list of documents must hold str only, each a document; found {wrong}. For token ids there is no need of "
+            "load_text."
+        )
+    return found
 
 
 # ---- order and splits ------------------------------------------------------------------------------
@@ -97,7 +108,11 @@ def exists(path: Path) -> bool:
 
 def split_of(text: str) -> str:
     """Return the split a document belongs to: 15% calibration, 15% eval, 70% train."""
-    bucket = int(_key(text), 16) % 100
+    return _bucket(_key(text))
+
+
+def _bucket(key: str) -> str:
+    bucket = int(key, 16) % 100
     return "calibration" if bucket < 15 else "eval" if bucket < 30 else "train"
 
 
@@ -105,23 +120,57 @@ def _key(text: str) -> str:
     return hashlib.sha256(" ".join(text.split()).lower().encode("utf-8", "replace")).hexdigest()
 
 
+def encodable(text: str) -> str:
+    """A text without lone surrogates, which JSON and docstrings can hold, and no tokenizer and no file takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _keyed(texts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for text in texts:
+        if text := encodable(text).strip():
+            yield _key(text), text
+
+
 def _distinct(texts: Iterable[str], split: str) -> Iterator[str]:
     seen: set[str] = set()
-    for text in texts:
-        # JSON and docstrings can hold lone surrogates, which no tokenizer and no file takes.
-        text = text.encode("utf-8", "replace").decode("utf-8").strip()
-        if text and split_of(text) == split and (key := _key(text)) not in seen:
+    for key, text in _keyed(texts):
+        if _bucket(key) == split and key not in seen:
             seen.add(key)
             yield text
 
 
-def _in_order(texts: Iterable[str], seed: int) -> Iterator[str]:
+def _in_order(texts: dict[str, str], seed: int) -> Iterator[str]:
     """Yield texts in an order that depends on the seed and the texts alone, not on where they lay."""
-    return iter(sorted(texts, key=lambda text: hashlib.sha256(f"{seed}:{_key(text)}".encode()).digest()))
+    for key in sorted(texts, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest()):
+        yield texts[key]
 
 
-def _in_split(texts: Iterable[str], split: str, seed: int) -> Iterator[str]:
-    return _in_order(_distinct(texts, split), seed)
+# What was read last, the latest behind: the distinct texts of each split by their keys, the rows, and the bytes.
+_SOURCES: dict[str, tuple[dict[str, dict[str, str]], Tally, int]] = {}
+_LOCK = Lock()
+
+
+def _split(identity: str | None, read: Callable[[Tally], Iterable[str]], split: str, tally: Tally) -> dict[str, str]:
+    """Distinct texts of a split by their keys; the source is read once a process, if it fits `_KEPT`."""
+    with _LOCK:
+        found = _SOURCES.pop(identity, None)
+        if found is None:
+            splits, counted, size = {name: {} for name in SPLITS}, Tally(), 0
+            for key, text in _keyed(read(counted)):
+                into = splits.get(_bucket(key))
+                if into is not None and key not in into:
+                    into[key] = text
+                    size += sys.getsizeof(text) + sys.getsizeof(key)
+                    if size > _KEPT:  # too much to hold what was not asked for
+                        splits = {split: splits[split]}
+            found = splits, counted, size
+        splits, counted, size = found
+        if identity is not None and size <= _KEPT:
+            _SOURCES[identity] = found
+            while sum(size for *_, size in _SOURCES.values()) > _KEPT:
+                del _SOURCES[next(iter(_SOURCES))]
+    tally.rows, tally.empty = counted.rows, counted.empty
+    return splits[split]
 
 
 # ---- files: plain code, which reads them some times faster than the datasets library, and needs no copy on disk ----
@@ -140,111 +189,52 @@ def _text_files(path: Path) -> list[Path]:
     return files
 
 
-def _file_texts(files: list[Path], text_column: str | None) -> Iterator[str]:
+def _file_texts(files: list[Path], text_column: str | None, tally: Tally) -> Iterator[str]:
     prose = [file for file in files if file.name.lower().endswith((".txt", ".md"))]
     pages = []
     for file in prose:
-        with expecting("UTF-8 text (iconv -f latin1 -t utf-8 converts it, if it is latin1)", file):
-            pages.append(file.read_text(encoding="utf-8-sig"))
+        with expecting("text", file), open_text(file) as page:
+            pages.append(page.read())
     # A short text is cut finer, so that each split gets its share of it.
     chunk = min(_MAX_CHUNK, max(200, sum(map(len, pages)) // 100))
     for page in pages:
         yield from _chunks(page, chunk)
     for file in files:
-        if file.name.lower().endswith(".parquet"):
-            yield from _parquet_texts(file, text_column)
-        elif file not in prose:
-            yield from _jsonl_texts(file, text_column)
-
-
-@contextmanager
-def expecting(kind: str, file: Path) -> Iterator[None]:
-    """Name the file in whatever a reader of text, JSON, gzip or parquet says of one that it cannot read."""
-    try:
-        yield
-    except (ValueError, EOFError, OSError, NotImplementedError, zlib.error) as error:
-        raise TextError(f"{file} cannot be read as {kind}: {error}.") from error
+        if file not in prose:
+            texts = parquet_texts if file.name.lower().endswith(".parquet") else jsonl_texts
+            yield from texts(file, text_column, tally)
 
 
 def _chunks(page: str, size: int) -> Iterator[str]:
     """Gather paragraphs to documents of about `size` characters; cut what has no paragraphs at spaces."""
     gathered: list[str] = []
+    length = 0
     for paragraph in re.split(r"\n[^\S\n]*\n\s*", page):
         for piece in _cuts(paragraph, 4 * size):
             gathered.append(piece)
-            if sum(map(len, gathered)) >= size:
+            length += len(piece)
+            if length >= size:
                 yield "\n\n".join(gathered)
-                gathered = []
+                gathered, length = [], 0
     if gathered:
         yield "\n\n".join(gathered)
 
 
 def _cuts(paragraph: str, limit: int) -> Iterator[str]:
-    while len(paragraph) > limit:
-        at = max(paragraph.rfind("\n", limit // 2, limit), paragraph.rfind(" ", limit // 2, limit))
-        at = at if at > 0 else limit
-        yield paragraph[:at].strip()
-        paragraph = paragraph[at:]
-    yield paragraph.strip("\n")
+    start = 0
+    while len(paragraph) - start > limit:
+        places = (paragraph.rfind(mark, start + limit // 2, start + limit) for mark in "\n ")
+        at = max(*places, start)
+        at = at if at > start else start + limit
+        yield paragraph[start:at].strip()
+        start = at
+    yield paragraph[start:].strip("\n")
 
 
-def _jsonl_texts(file: Path, text_column: str | None) -> Iterator[str]:
-    opener = gzip.open if file.name.lower().endswith(".gz") else open
-    with expecting("JSON lines (one JSON value a line, in UTF-8)", file):
-        with opener(file, "rt", encoding="utf-8-sig") as lines:
-            # A blank line is a row without text, so that a row's number is its line's.
-            yield from _texts(file, (json.loads(line) if line.strip() else None for line in lines), text_column)
+# ---- the Hub ---------------------------------------------------------------------------------------
 
 
-def _parquet_texts(file: Path, text_column: str | None) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise TextError(f"Reading {file} needs pyarrow: pip install 'ildlab[data]'.") from error
-    with expecting("parquet", file), pq.ParquetFile(file) as table:
-        # The schema as a row: the column is chosen without reading the others.
-        types = {field.name: field.type for field in table.schema_arrow}
-        types = {name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in types.items()}
-        row = {name: "" if kind in (pa.string(), pa.large_string()) else 0 for name, kind in types.items()}
-        column = _column(file, row, text_column)
-        for batch in table.iter_batches(columns=[column]):
-            yield from filter(None, batch.column(0).to_pylist())
-
-
-# ---- rows of tables --------------------------------------------------------------------------------
-
-
-def _texts(where: object, rows: Iterable[Any], text_column: str | None) -> Iterator[str]:
-    """Yield the text of each row, which is a str, a dict with one, or None."""
-    column = None
-    for number, row in enumerate(rows, 1):
-        if isinstance(row, dict):
-            column = column or _column(where, row, text_column)
-            row = row.get(column)
-        if isinstance(row, str):
-            yield row
-        elif row is not None:
-            raise TextError(f"Row {number} of {where} holds {type(row).__name__} where text was expected.")
-
-
-def _column(where: object, row: dict[str, Any], wanted: str | None) -> str:
-    """Choose the column to read by one row: the one asked for, else "text", else the only one that holds a str."""
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    name = "text" if wanted is None else wanted
-    if name in strings or row.get(name, 0) is None:  # a null may be a text in the next row
-        return name
-    if wanted is None and len(strings) == 1:
-        return strings[0]
-    named = f"these hold text: {', '.join(strings)}" if strings else "no column holds text"
-    if wanted is None:
-        raise TextError(f"Say which column of {where} to read (text_column=...): {named}.")
-    if wanted in row:
-        raise TextError(f"The column {wanted!r} of {where} does not hold text; {named}.")
-    raise TextError(f"{where} has no column {wanted!r}; it has {', '.join(row) or 'none'}.")
-
-
-def _hub_texts(name: str, seed: int, text_column: str | None) -> Iterator[str]:
+def _hub_texts(name: str, seed: int, text_column: str | None, tally: Tally) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:
@@ -256,7 +246,8 @@ def _hub_texts(name: str, seed: int, text_column: str | None) -> Iterator[str]:
     try:
         rows = datasets.load_dataset(dataset, configuration or None, split="train", streaming=True)
         # Rows often lie sorted by topic; a buffer mixes them without reading the whole.
-        yield from _texts(f"the data set {name}", rows.shuffle(seed=seed, buffer_size=2000), text_column)
+        rows = enumerate(rows.shuffle(seed=seed, buffer_size=2000), 1)
+        yield from texts_of(f"the data set {name}", rows, text_column, tally)
     except TextError:
         raise
     except Exception as error:
@@ -272,18 +263,42 @@ def _hub_texts(name: str, seed: int, text_column: str | None) -> Iterator[str]:
 # ---- Python's own documentation --------------------------------------------------------------------
 
 
-def _python_docs(key: str, split: str) -> list[str]:
-    """Read a split from the cache; the first call reads every docstring and fills it, in some 20 s."""
-    folder = cache_dir("text")
-    file = folder / f"{key}-{split}.json"
+def _python_docs(key: str) -> list[str]:
+    """Read every docstring from the cache; the first call reads those of the packages and fills it, in some 20 s."""
+    found = None
+    with for_later():
+        file = cache_dir("text") / f"{key}.json"
+        found = _kept_texts(file)
+        if found is None:
+            with locked(file.with_suffix(".lock")):  # of several processes one reads, and the others wait
+                found = _kept_texts(file)
+                if found is None:
+                    found = _read_docs()
+                    write_atomic(file, json.dumps({"sha256": _sum_of(found), "texts": found}, ensure_ascii=False))
+    return _read_docs() if found is None else found
+
+
+def _read_docs() -> list[str]:
+    texts = map(encodable, drive(read_python_docs(), desc="reading docstrings"))
+    return sorted({text: None for text in texts})
+
+
+def _kept_texts(file: Path) -> list[str] | None:
+    """Texts that were written to the cache; None where there are none, or they are not what was written."""
     if not file.exists():
-        with FileLock(folder / f"{key}.lock"):  # of several processes one reads, and the others wait
-            if not file.exists():
-                found = sorted(drive(read_python_docs(), desc="reading docstrings"))
-                for each in SPLITS:
-                    texts = list(_distinct(found, each))
-                    write_atomic(folder / f"{key}-{each}.json", json.dumps(texts, ensure_ascii=False))
-    return json.loads(file.read_text(encoding="utf-8"))
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["sha256"] == _sum_of(kept["texts"]):
+            return kept["texts"]
+    except (ValueError, KeyError, TypeError):
+        pass
+    warnings.warn(f"{file} is damaged: it is made again.", stacklevel=2)
+    return None
+
+
+def _sum_of(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from transformers import GenerationConfig
 
 from ildlab.errors import TextError
 from ildlab.files import data_dir
+from ildlab.limits import check_input
 from ildlab.progress import Progress, Work, blocking
-from ildlab.text.blocks import opening_ids
-from ildlab.text.sources import split_of
+from ildlab.text.blocks import opened, opening_ids
+from ildlab.text.sources import checked_texts, encodable, split_of
 
 # min-p (Nguyen et al. 2024): one token of the far tail is enough to derail a small model for the rest of its text.
 SAMPLING = {"do_sample": True, "temperature": 0.9, "min_p": 0.03, "top_k": 0}
@@ -34,13 +35,16 @@ def continued(
 ) -> list[list[int]]:
     """Let a model go on with each prompt of token ids, by sampling, to its end of text or for `new` tokens.
 
-    Returns what it wrote, without the prompts. Raises TextError where the tokenizer has no EOS token.
+    Returns what it wrote, without the prompts. Raises TextError where the tokenizer has no EOS token, ModelError where
+    prompt and new tokens are more than the model's window, or one of them has no row in its embedding.
     """
     end = check_end(tokenizer)
     width = max(map(len, batch))
     fill = [width - len(ids) for ids in batch]  # on the left, so that all rows go on at one place
     device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([[end] * n + list(ids) for n, ids in zip(fill, batch)], device=device)  # [B, width]
+    ids = torch.tensor([[end] * n + list(ids) for n, ids in zip(fill, batch)])  # [B, width]
+    check_input(model, ids, new=new, tokenizer=tokenizer)
+    ids = ids.to(device)
     mask = (torch.arange(width, device=device) >= torch.tensor(fill, device=device)[:, None]).long()  # [B, width]
     banned = [i for i in tokenizer.all_special_ids if i != end]
     config = GenerationConfig(
@@ -88,10 +92,11 @@ def mix_steps(
         Prompts that the teacher goes on with at one time.
     seed : int
 
-    Yields Progress in rows, with the rows so far as `partial`, and returns them. Raises TextError where there are fewer
-    than 20 passages of 40 words, or the tokenizer has no EOS token.
+    Yields Progress in rows, with the rows so far as `partial`, and returns them. Raises TextError where `documents` is
+    no list of texts, there are fewer than 20 passages of 40 words, or the tokenizer has no EOS token.
     """
     draw = random.Random(seed)
+    documents = [encodable(text) for text in checked_texts(documents)]
     special = [tokenizer.decode([i]) for i in tokenizer.all_special_ids]  # a chat is no prose to take words from
     passages = [t.strip() for t in documents if len(t.split()) >= 40 and not any(mark in t for mark in special)]
     if len(passages) < 20:
@@ -128,8 +133,7 @@ make_mix = blocking(mix_steps)
 def _encoded(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a prompt, opened as the tokenizer opens a text, or as in packed text by an EOS."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    lead = list(opening_ids(tokenizer)) or [tokenizer.eos_token_id]
-    return ids if ids[: len(lead)] == lead else lead + ids  # a chat template may put BOS itself
+    return opened(opening_ids(tokenizer) or (tokenizer.eos_token_id,), ids)
 
 
 def _cut(kind: str, said: str) -> str:

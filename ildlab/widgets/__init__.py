@@ -7,5 +7,5 @@ come back in `words`, on the strip, and as `figures`; `kinds` chooses the kind o
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"stepper": ["Stepper"], "explorer": ["Explorer"]}
+    __name__, submod_attrs={"stepper": ["Stepper", "step_through"], "explorer": ["Explorer"]}
 )

@@ -11,8 +11,7 @@ from ildlab.distill.config import DistillConfig
 from ildlab.importance.config import METRICS
 from ildlab.session.config import SessionConfig
 from ildlab.widgets.figures import FIGURES
-from ildlab.widgets.kinds import KindOfText
-from ildlab.widgets.strip import Strip
+from ildlab.widgets.stack_view import FigureView, StackView
 
 LOSSES = {
     "as set": {},
@@ -22,92 +21,105 @@ LOSSES = {
 }
 SCOPES = ("neighbours", "window(2)", "suffix", "all")
 PROMPT = "The most important invention in history is"  # of the what-if, and of figures that read a text
-WIDE = w.Layout(width="98%")
+WHOLE = {"layout": {"width": "98%"}, "style": {"description_width": "initial"}}  # no label is cut
+ALL_KINDS = "all kinds"
+PANES = ("Measure", "What if", "Remove", "Distill", "Evaluate", "History and export")
 
 
 class Controls:
     """All widgets of a stepper, as attributes, and `view`, that holds them; `config` has the run's settings."""
 
-    def __init__(self, config: SessionConfig, strip: Strip):
-        self.status, self.about = _html("ildlab-status"), _html()
-        self.bar = w.FloatProgress(min=0, max=1, layout=w.Layout(width="100%"))
-        self.stop, self.pause = _button("Stop"), _button("Pause")
-        tabs = {
-            "Measure": self._measuring(config),
-            "What if": self._trying(),
-            "Remove and distill": self._changing(config),
-            "Evaluate": self._evaluating(config),
-            "History and export": self._going_back(),
-        }
-        self.tabs = w.Tab(list(tabs.values()), titles=list(tabs))
-        top = [self.status, self.bar, [self.stop, self.pause], strip.view, self.about]
-        self.view = _rows(*top, self.tabs, self._figures())
-        self.view.add_class("ildlab-stepper")
+    def __init__(self, config: SessionConfig, stack: StackView, layers: int):
+        self.header, self.about = _html(), _html()
+        self.proceed, self.undo, self.discard = _button("Measure", "primary"), _button("Undo"), _button("Discard it")
+        self.run, self.stop, self.pause = _button("Run to"), _button("Stop", "warning"), _button("Pause")
+        self.goal = w.BoundedIntText(
+            max(1, layers - 2), 1, max(1, layers - 1), layout=w.Layout(width="64px"), tooltip="layers to run to"
+        ).add_class("ildlab-goal")
+        panes = (
+            self._measuring(config),
+            self._trying(),
+            self._removing(),
+            self._distilling(config),
+            self._evaluating(config),
+            self._going_back(),
+        )
+        self.panes = w.Accordion(
+            panes, titles=PANES, selected_index=0, layout=w.Layout(flex="1 1 340px", min_width="0")
+        )
+        left = _rows(stack, self.about, self._figures())
+        left.layout.flex, left.layout.min_width = "3 1 560px", "0"
+        page = w.HBox([left, self.panes], layout=w.Layout(flex_flow="row wrap"))
+        acts = [self.proceed, self.discard, self.run, self.goal, self.stop, self.pause, self.undo]
+        self.view = _rows(self.header, acts, page).add_class("ildlab-stepper")
 
     def _measuring(self, config: SessionConfig) -> w.Widget:
         metrics = [m for m in METRICS if m != "task" or config.suite]
-        self.metric = w.Dropdown(options=metrics, value=config.metric, description="metric")
+        self.metric = w.Dropdown(options=metrics, value=config.metric, description="metric", **WHOLE)
         race = bool(config.measure.get("race"))
-        self.race = w.Checkbox(value=race, description="race (stop early)", indent=False)
+        self.race = w.Checkbox(value=race, description="race: stop scoring layers that cannot win", indent=False)
         self.measure, self.forecast = _button("Measure"), _html()
-        return _rows([self.metric, self.race, self.measure], self.forecast)
+        return _rows(self.metric, self.race, [self.measure], self.forecast)
 
     def _trying(self) -> w.Widget:
-        self.prompt = w.Textarea(value=PROMPT, rows=2, description="prompt", layout=WIDE)
-        self.toggle, self.reset = _button("Switch the selected layer off or on"), _button("All layers on")
+        self.prompt = w.Textarea(value=PROMPT, rows=2, description="prompt", **WHOLE)
+        self.toggle, self.reset = _button("Selected layers off / on"), _button("All layers on")
+        self.sampled = w.Checkbox(description="draw a sample, the same luck for both", indent=False)
         self.what_if, self.answers = _button("Compare"), _html()
-        return _rows(self.prompt, [self.toggle, self.what_if, self.reset], self.answers)
+        return _rows(self.prompt, self.sampled, [self.toggle, self.what_if, self.reset], self.answers)
 
-    def _changing(self, config: SessionConfig) -> w.Widget:
+    def _removing(self) -> w.Widget:
+        self.suggest, self.remove = _button("Select the suggestion"), _button("Remove")
+        return _rows([self.suggest, self.remove])
+
+    def _distilling(self, config: SessionConfig) -> w.Widget:
         own = DistillConfig.from_dict(config.distill)
         self.own = own = replace(own, tokens=own.tokens or config.train_tokens)
-        self.suggest, self.remove = _button("Select the suggestion"), _button("Remove the selected layer")
-        self.source = w.Text(value=config.text, description="text")
-        self.tokens = w.IntText(value=own.tokens, description="tokens")
-        presets = {"the run's own": None, "the paper's": DistillConfig.paper()}
-        self.preset = w.Dropdown(options=list(presets.items()), description="settings")
-        self.loss = w.Dropdown(options=list(LOSSES.items()), description="loss")
+        presets = [("the run's own", None), ("the paper's", DistillConfig.paper())]
+        self.preset = w.ToggleButtons(options=presets, description="settings", style={"button_width": "auto"})
+        self.source = w.Text(value=config.text, description="text", **WHOLE)
+        self.tokens = w.IntText(value=own.tokens, description="tokens", **WHOLE)
+        self.loss = w.Dropdown(options=list(LOSSES.items()), description="loss", **WHOLE)
         scopes = [("as set", {}), *((scope, {"scope": scope}) for scope in SCOPES)]
-        self.scope = w.Dropdown(options=scopes, description="scope")
-        self.rate = w.FloatText(
-            value=own.learning_rate, description="learning rate", style={"description_width": "initial"}
-        )
+        self.scope = w.Dropdown(options=scopes, description="scope", **WHOLE)
+        self.rate = w.FloatText(value=own.learning_rate, description="learning rate", **WHOLE)
         self.distill = _button("Distill")
-        text, how = [self.source, self.tokens], [self.preset, self.loss, self.scope]
-        return _rows([self.suggest, self.remove], text, how, self.rate, self.distill)
+        return _rows(self.preset, self.source, self.tokens, self.loss, self.scope, self.rate, [self.distill])
 
     def _evaluating(self, config: SessionConfig) -> w.Widget:
-        self.suite = w.Text(value=config.suite or "", description="suite", placeholder="none")
+        self.suite = w.Text(value=config.suite or "", description="suite", placeholder="none: text alone", **WHOLE)
         self.evaluate, self.results = _button("Evaluate"), _html()
-        return _rows([self.suite, self.evaluate], self.results)
+        return _rows(self.suite, [self.evaluate], self.results)
 
     def _going_back(self) -> w.Widget:
-        self.steps = w.Dropdown(description="step", layout=w.Layout(flex="1 1 auto"))
-        self.undo, self.go_back = _button("Undo"), _button("Go to this step")
-        self.folder = w.Text(value="", description="folder", placeholder="runs/branch or runs/out")
-        self.branch, self.export = _button("Branch into the folder"), _button("Export to the folder")
-        self.history = _html()
-        return _rows([self.undo, self.steps, self.go_back], [self.folder, self.branch, self.export], self.history)
+        self.steps = w.Select(rows=8, layout=w.Layout(width="98%")).add_class("ildlab-steps")
+        self.beside = w.Dropdown(description="compare with step", **WHOLE)
+        self.go_back, self.compared, self.history = _button("Go to this step"), _html(), _html()
+        self.branch_to, self.export_to = (w.Text(description=name, **WHOLE) for name in ("new run", "checkpoint"))
+        self.branch, self.export = _button("Branch"), _button("Export")
+        back = (self.steps, [self.go_back], self.beside, self.compared)
+        return _rows(*back, self.export_to, [self.export], self.branch_to, [self.branch], self.history)
 
     def _figures(self) -> w.Widget:
-        self.figure_kind = w.Dropdown(options=list(FIGURES), description="figure")
-        self.kind_of_text = KindOfText()
-        self.text = w.Textarea(value=PROMPT, rows=2, description="text", layout=WIDE)
+        self.figure_kind = w.Dropdown(options=list(FIGURES), description="figure", **WHOLE)
+        self.kind_of_text = w.Dropdown(options=[ALL_KINDS], description="kind of text", **WHOLE)
+        self.text = w.Textarea(value=PROMPT, rows=2, description="text", **WHOLE)
         self.draw, self.save = _button("Draw"), _button("Save")
-        self.save_as = w.Dropdown(options=["PNG", "SVG", "CSV"], description="save as", layout=w.Layout(width="180px"))
-        self.figure, self.code = w.HTML(), _html()
-        which, out = [self.figure_kind, self.kind_of_text.view], [self.draw, self.save_as, self.save]
-        return _rows(which, self.figure, self.text, out, self.code)
+        self.save_as = w.Dropdown(options=["PNG", "SVG", "CSV"], layout=w.Layout(width="80px"), tooltip="save as")
+        self.figure, self.code = FigureView(), _html()
+        out = [self.draw, self.save, self.save_as]
+        return _rows(self.kind_of_text, self.figure_kind, self.text, out, self.figure, self.code)
 
 
 def _rows(*rows: Any) -> w.VBox:
-    """Widgets below one another; those of a list side by side."""
-    return w.VBox([w.HBox(row) if isinstance(row, list) else row for row in rows])
+    """Widgets below one another; those of a list side by side, on more lines where they do not fit."""
+    wrap = w.Layout(flex_flow="row wrap")
+    return w.VBox([w.HBox(row, layout=wrap) if isinstance(row, list) else row for row in rows])
 
 
-def _button(label: str) -> w.Button:
-    return w.Button(description=label, layout=w.Layout(width="auto", flex="0 0 auto"))
+def _button(label: str, style: str = "") -> w.Button:
+    return w.Button(description=label, button_style=style, layout=w.Layout(width="auto", flex="0 0 auto"))
 
 
-def _html(name: str = "ildlab-note") -> w.HTML:
-    return w.HTML().add_class(name)
+def _html() -> w.HTML:
+    return w.HTML().add_class("ildlab-note")

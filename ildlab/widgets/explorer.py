@@ -7,7 +7,6 @@ from typing import Any
 
 import ipywidgets as w
 from IPython.display import HTML, display
-from matplotlib.axes import Axes
 
 from ildlab import plots
 from ildlab.importance.config import ONE_PASS
@@ -15,14 +14,15 @@ from ildlab.importance.dispatch import measure
 from ildlab.importance.hidden_states import logit_lens, redundancy
 from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
-from ildlab.widgets.strip import Strip
-from ildlab.widgets.words import error_words, note, score_words
+from ildlab.widgets.figures import lens_tips, pair_tips
+from ildlab.widgets.stack_view import FigureView, StackView
+from ildlab.widgets.words import error_words, note
 
-VIEWS = ("importance", "redundancy", "logit lens")
+VIEWS = ("redundancy", "logit lens")
 
 
 class Explorer:
-    """A strip of layers and its figures; nothing is ever changed.
+    """The stack of a model with its importance, and figures below it; nothing is ever changed.
 
     Parameters
     ----------
@@ -31,23 +31,26 @@ class Explorer:
         What to measure on.
     sentence : str
         What the logit lens reads.
+    theme : str
+        "lecture" for the back of a room.
     """
 
-    def __init__(self, model: Any, text: Any, *, sentence: str = "The capital of France is Paris."):
-        self.stack = stack = LayerStack(model.model)
+    def __init__(self, model: Any, text: Any, *, sentence: str = "The capital of France is Paris.", theme: str = ""):
+        self.layers = layers = LayerStack(model.model)
         # Each is measured once, however often it is looked at.
-        self._scores = cache(lambda metric: measure(stack, text, metric, show=False))
-        self._redundancy = cache(lambda: redundancy(stack, text, "cosine", show=False))
-        self._lens = cache(lambda sentence: logit_lens(stack, sentence, model.tokenizer))
-        self.status, self.about, self.figure = w.HTML(), w.HTML(), w.HTML()
+        self._scores = cache(lambda metric: measure(layers, text, metric, show=False))
+        self._redundancy = cache(lambda: redundancy(layers, text, "cosine", show=False))
+        self._lens = cache(lambda sentence: logit_lens(layers, sentence, model.tokenizer, show=False))
+        self._theme = theme
+        self.stack, self.figure = StackView(lambda: None), FigureView()
         self.metric = w.Dropdown(options=[m for m in ONE_PASS if m not in ("lrp", "taylor")], description="metric")
         self.kind = w.Dropdown(options=VIEWS, description="figure")
         self.sentence = w.Text(value=sentence, description="sentence", layout=w.Layout(width="98%"))
-        self.strip = Strip(self.stack.layer_ids, lambda _: self._describe())
         for control in (self.metric, self.kind, self.sentence):
             control.observe(lambda _: self.refresh(), names="value")
-        controls = w.HBox([self.metric, self.kind])
-        self.view = w.VBox([controls, self.sentence, self.strip.view, self.about, self.figure, self.status])
+        self.view = w.VBox([self.metric, self.stack, self.kind, self.sentence, self.figure]).add_class(
+            "ildlab-stepper"
+        )
         self.refresh()
 
     @property
@@ -58,30 +61,28 @@ class Explorer:
     def refresh(self) -> None:
         """Draw what the controls ask for."""
         try:
-            scores = self.scores
-            self.strip.show(scores, here=self.stack.layer_ids, suggested=scores.least_important)
-            self.figure.value = plots.to_html(*self._drawn())
-            self.status.value = ""
-            self._describe()
-        except Exception as error:  # a widget's callback has no other place to say it
-            self.status.value = note(error_words(error), role="status")
+            self.stack.picture = self.scores.picture().html(self._theme)
+            self.stack.selected = [self.scores.least_important]
+            axes, alt, tips = self._drawn()
+            if self._theme:
+                plots.larger(axes)
+            self.figure.cells = plots.cells(axes, tips)
+            self.figure.html = plots.to_html(axes, alt)
+            self.stack.status = f"Layer {self.scores.least_important} is the least important by {self.scores.metric}."
+        except Exception as error:  # a widget's callback has no other place to say it; no old figure is taken for it
+            self.figure.cells, self.figure.html = {}, note(error_words(error), role="status")
 
-    def _drawn(self) -> tuple[Axes, str]:
-        if self.kind.value == "importance":
-            return plots.importance(self.scores), f"{self.scores.metric} of each layer."
+    def _drawn(self) -> tuple[Any, str, list[list[str]]]:
         if self.kind.value == "redundancy":
+            matrix = self._redundancy()
             alt = "Cosine between hidden states of every two layers."
-            return plots.redundancy_heatmap(self._redundancy(), "cosine"), alt
-        return plots.logit_lens_map(self._lens(self.sentence.value)), "What each layer's hidden state would predict."
-
-    def _describe(self) -> None:
-        layer_id, scores = self.strip.selected, self.scores
-        rank = f"number {scores.ranking.index(layer_id) + 1} of {len(scores.table)} from the least important"
-        self.about.value = note(f"Layer {layer_id}: {score_words(scores, layer_id)}, {rank}.")
+            return plots.redundancy_heatmap(matrix, "cosine"), alt, pair_tips(matrix)
+        lens = self._lens(self.sentence.value)
+        return plots.logit_lens_map(lens), "What each layer's hidden state would predict.", lens_tips(lens)
 
     def _ipython_display_(self) -> None:
         display(self.view)
-        display(HTML(f"<details><summary>as it stands</summary>{self._repr_html_()}</details>"))
+        display(HTML(f'<div class="ildlab-static">{self._repr_html_()}</div>'))
 
     def _repr_html_(self) -> str:
-        return self.figure.value
+        return self.stack.picture + self.figure.html

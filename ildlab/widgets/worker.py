@@ -24,10 +24,10 @@ class Outcome:
 
 
 class Worker:
-    """Runs jobs; `busy` while one runs, `paused` while it is held."""
+    """Runs jobs; `busy` while one runs, `paused` while it is held; `on_free()` is called when the next one may start."""
 
-    def __init__(self, inline: bool = False):
-        self.inline = inline
+    def __init__(self, inline: bool = False, on_free: Callable[[], Any] = lambda: None):
+        self.inline, self._on_free = inline, on_free
         self._busy = threading.Lock()
         self._stop, self._go = threading.Event(), threading.Event()
         self._go.set()
@@ -88,6 +88,7 @@ class Worker:
             on_end(outcome)
         finally:
             self._busy.release()
+        self._on_free()
 
     def _drive(self, work, on_progress) -> Outcome:
         try:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def jupyterlab(root: Path, cells: list[str], theme: str = "JupyterLab Light") ->
 
 
 @contextmanager
-def browser(profile: Path, height: int = 1250) -> Iterator:
+def browser(profile: Path, height: int = 1250, width: int = 1440) -> Iterator:
     """Open a page of a fresh Chromium; `page.errors` collects what its console calls an error."""
     from playwright.sync_api import sync_playwright
 
@@ -100,7 +101,7 @@ def browser(profile: Path, height: int = 1250) -> Iterator:
             executable_path=CHROMIUM,
             headless=True,
             args=FLAGS,
-            viewport={"width": 1250, "height": height},
+            viewport={"width": width, "height": height},
         )
         page = context.new_page()
         page.errors = []
@@ -127,6 +128,22 @@ def run_all(page) -> None:
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
 
 
+def violations(page, folder: Path) -> list[str] | None:
+    """What axe-core, taken from npm, holds against the stepper; None where npm, or its registry, is out of reach."""
+    try:
+        command = ["npm", "pack", "axe-core@4.14.1", "--silent"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    with tarfile.open(folder / "axe-core-4.14.1.tgz") as packed:
+        page.evaluate(packed.extractfile("package/axe.min.js").read().decode())
+    found = page.evaluate(
+        """async () => (await axe.run({include: [['.ildlab-stepper']]})).violations.map(
+             v => `${v.id}: ${v.help}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(' | ')}`)"""
+    )
+    return found
+
+
 def status(page) -> str:
     return page.locator(".ildlab-status").first.inner_text()
 
@@ -145,8 +162,18 @@ def press(page, label: str) -> None:
     page.get_by_role("button", name=label, exact=True).first.click()
 
 
-def tab(page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
+def pane(page, name: str) -> None:
+    """Open the options of a phase, if they are not open."""
+    header = page.locator(".ildlab-stepper .jupyter-widget-Collapse").filter(
+        has=page.locator(".jupyter-widget-Collapse-header").get_by_text(name, exact=True)
+    )
+    if "jupyter-widget-Collapse-open" not in (header.first.get_attribute("class") or ""):
+        header.first.locator(".jupyter-widget-Collapse-header").click()
+
+
+def column(page, layer_id: int):
+    """The column of a layer."""
+    return page.locator(f'.ildlab-stepper .col[data-id="{layer_id}"]').first
 
 
 def answer_seconds(page, label: str, pattern: str, seconds: float = 10) -> float:

@@ -55,9 +55,8 @@ def test_the_demo_and_papermill_that_goes_on_with_its_run(parameters, tmp_path):
     assert sum('alt="' in page for page in html) == 5
     assert (folder / "checkpoint-5-layers" / "model.safetensors").is_file()
     # The same folder again, one layer further: nothing that was done is done twice.
-    papermill.execute_notebook(
-        BATCH / "iterate.ipynb", tmp_path / "b.ipynb", {**parameters, "target_layers": 4}, progress_bar=False
-    )
+    further = parameters | {"suite": "mini7@20", "target_layers": 4}  # the preset's suite
+    papermill.execute_notebook(BATCH / "iterate.ipynb", tmp_path / "b.ipynb", further, progress_bar=False)
     steps = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
     assert [s["args"]["layer_id"] for s in steps if s["action"] == "remove"].__len__() == 2
     assert sum(s["action"] == "measure" for s in steps) == 2
@@ -113,19 +112,102 @@ def test_presets_set_parameters_that_exist(preset, notebook):
         assert values["race"] is False  # what is evaluated as a whole cannot stop early
 
 
-@pytest.mark.parametrize("arguments", [["preset=demos"], ["target_layers"]])
-def test_demo_refuses_what_it_does_not_know(arguments):
-    from tools.demo import main
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["preset=demos"], "There is no preset 'demos'; there are: demo"),
+        (["target_layers"], "'target_layers': give parameters as name=value"),
+        (["target_layer=20"], "There is no parameter 'target_layer'. There are: model, text"),
+        (["preset=qwen2.5-3b"], "There is no parameter 'ablation', 'ablation_suite', 'evaluate_every', 'remove'"),
+        (["race=perhaps"], "race='perhaps': it must be True or False"),
+        (["block=32.5"], "block='32.5': it must be a whole number"),
+        (["final=[1]"], r"final='\[1\]': it must be a mapping"),
+    ],
+)
+def test_demo_refuses_what_it_does_not_know(arguments, words, tmp_path, monkeypatch):
     from ildlab.errors import IldlabError
+    from tools.demo import main
 
-    with pytest.raises(IldlabError, match="demo"):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(IldlabError, match=words):
         main(arguments)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_demo_reads_each_parameter_as_the_notebook_does():
+    import papermill
+
+    from tools.demo import read_as
+
+    known = papermill.inspect_notebook(BATCH / "iterate.ipynb")
+    given = {"race": "false", "positions": "none", "block": "32.0", "final": "{tokens: 128}", "run_folder": "20240501"}
+    assert read_as(known, given) == {
+        "race": False, "positions": None, "block": 32, "final": {"tokens": 128}, "run_folder": "20240501",
+    }
+
+
+MEANT = {
+    "iterate": {
+        "race": ("false", False), "distill_each": ("no", False), "suite_each": (0, False), "block": (32.0, 32),
+        "target_layers": ("4", 4), "max_loss": ("None", None), "distill": ('{"tokens": 128}', {"tokens": 128}),
+        "final": (None, {}), "run_folder": (20240501, "20240501"), "seed": ("7", 7), "suite": ("", None),
+    },
+    "compare_methods": {"methods": ('["shortgpt"]', ["shortgpt"]), "positions": ("0", 0), "ablation_suite": ("", None)},
+    "ablate_losses": {"removed": ("[1, 2]", [1, 2]), "seeds": (["3"], [3]), "learning_rate": ("1e-3", 1e-3)},
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_parameters_are_read_as_their_types_in_a_kernel(name, tmp_path):
+    """After papermill's own cell, which puts in what a command line says."""
+    import papermill
+
+    notebook = nbformat.read(BATCH / f"{name}.ipynb", 4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "\nread_parameters(globals())" in code[1].source  # before anything is made of them
+    code[1].source = "from ildlab import read_parameters\n\nread_parameters(globals())\n"
+    code[1].source += f"print([{', '.join(MEANT[name])}])"
+    notebook.cells = code[:2]
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    given = {key: value for key, (value, _) in MEANT[name].items()}
+    made = papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", given, progress_bar=False)
+    assert text_of(made).strip() == str([wanted for _, wanted in MEANT[name].values()])
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"race": "perhaps"}, "race='perhaps': it must be True or False"),
+        ({"final": {"tokens": -1}}, "tokens=-1: it must be at least 1"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_before_anything_is_written(wrong, words, parameters, tmp_path):
+    import papermill
+
+    with pytest.raises(papermill.PapermillExecutionError, match=words):
+        papermill.execute_notebook(
+            BATCH / "iterate.ipynb", tmp_path / "a.ipynb", parameters | wrong, progress_bar=False
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_gone_on_with_only_as_it_was_begun(parameters, tmp_path):
+    import papermill
+
+    from ildlab import PruningSession
+
+    settings = {name: parameters[name] for name in ("text", "block", "calibration_tokens", "train_tokens", "eval_tokens")}
+    PruningSession.create(tmp_path / "run", parameters["model"], **settings, metric="nll", measure={"positions": 8}).close()
+    kept = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json*")}
+    with pytest.raises(papermill.PapermillExecutionError, match="metric was 'nll', now 'kl'; .*measure race was False"):
+        papermill.execute_notebook(BATCH / "iterate.ipynb", tmp_path / "a.ipynb", parameters, progress_bar=False)
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_parameters_explain_themselves():
     command = [sys.executable, "-m", "papermill", "--help-notebook", str(BATCH / "iterate.ipynb")]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for words in ("target_layers: int", "stop at this many layers", "max_loss: float", "run_folder: str"):
+    for words in ("target_layers: Optional[int]", "stop at this many layers", "max_loss: Optional[float]", "run_folder: str"):
         assert words in out
 
 
