@@ -18,7 +18,7 @@ from ildlab.session.journal import Journal
 
 @pytest.fixture
 def run(tmp_path):
-    journal = Journal.create(tmp_path / "run", {"teacher": "t"})
+    journal = Journal.create(tmp_path / "run", {"teacher": "t", "settings": {}})
     journal.append("create", layer_ids=[0, 1, 2])
     yield journal
     journal.close()
@@ -185,7 +185,7 @@ def test_no_weights_outside_the_run_folder(run, tmp_path):
 
 def test_a_run_stays_in_its_folder_wherever_the_process_goes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = Journal.create("runs/one", {})
+    run = Journal.create("runs/one", {"settings": {}})
     run.append("create", layer_ids=[0, 1])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -268,10 +268,10 @@ def test_a_folder_of_a_process_killed_while_creating_is_new(tmp_path, monkeypatc
 
     monkeypatch.setattr(module, "write_atomic", killed)
     with pytest.raises(Killed):
-        Journal.create(tmp_path / "run", {"teacher": "t"})
+        Journal.create(tmp_path / "run", {"teacher": "t", "settings": {}})
     monkeypatch.undo()
     assert (tmp_path / "run" / "lock").exists() and not (tmp_path / "run" / "config.json").exists()
-    Journal.create(tmp_path / "run", {"teacher": "t"}).close()
+    Journal.create(tmp_path / "run", {"teacher": "t", "settings": {}}).close()
     Journal.open(tmp_path / "run").close()
     other = tmp_path / "other"
     (other / "weights").mkdir(parents=True)
