@@ -141,6 +141,12 @@ def canary_scores(found: Evaluation) -> dict[str, float]:
     return {f"canary_{name}": task.score for name, task in tasks.items()}
 
 
+def losses_of(run: Run, step: Step) -> pd.DataFrame:
+    """Losses of one distillation, a row a record of `metrics/NNN.jsonl`; empty where it left none."""
+    file = run.journal.losses_of(step.step)
+    return pd.read_json(file, lines=True) if file.is_file() else pd.DataFrame()
+
+
 def losses_table(run: Run) -> pd.DataFrame:
     """Losses of every distillation on the way to today's student, end to end.
 
@@ -149,9 +155,8 @@ def losses_table(run: Run) -> pd.DataFrame:
     parts, removed = [], 0
     for step in run.path:
         removed += step.action == "remove"
-        file = run.journal.losses_of(step.step)
-        if step.action == "distill" and file.is_file():
-            parts.append(pd.read_json(file, lines=True).assign(iteration=removed))
+        if step.action == "distill" and len(found := losses_of(run, step)):
+            parts.append(found.assign(iteration=removed))
     if not parts:
         return pd.DataFrame({"iteration": [], "step": [], "kl": []})
     table = pd.concat(parts, ignore_index=True)

@@ -11,13 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from ildlab import plots
 from ildlab.distill.config import DistillConfig
 from ildlab.errors import JournalError, SessionError
 from ildlab.progress import Progress, Work
+from ildlab.session.journal import Step
 from ildlab.session.loop import next_phase
 from ildlab.session.session import PruningSession
 from ildlab.session.story import undo_words, what
+from ildlab.session.tables import losses_of
 from ildlab.session.whatif import what_if_steps
 from ildlab.widgets import figures, words
 from ildlab.widgets.controls import PANES
@@ -123,9 +127,8 @@ class Stepper(View):
         self.pause.description = "Pause"
         self._working = False
         new = [step for step in self.session.steps[steps:] if step.action != "failed"]
-        said = (
-            outcome.value or f"{name}: done in {time.perf_counter() - self._started:.0f} s{self._before_and_after()}."
-        )
+        seconds = time.perf_counter() - self._started
+        said = outcome.value or f"{name}: done in {seconds:.0f} s{self._before_and_after(new)}."
         if outcome.state == "failed":
             self.failed = outcome.value
             said = f"{name} failed, and nothing is lost: {words.error_words(outcome.value)}"
@@ -143,10 +146,12 @@ class Stepper(View):
             self._again = False
             self.what_if.click()
 
-    def _before_and_after(self) -> str:
+    def _before_and_after(self, new: list[Step]) -> str:
         """Of a distillation, its KL on the training text at first and at last."""
-        kls = [record["kl"] for record in self._live if record.get("kl") is not None]
-        return f", KL {kls[0]:.3f} to {kls[-1]:.3f} nats/token on its text" if len(kls) > 1 else ""
+        if not new or new[-1].action != "distill":
+            return ""
+        kls = losses_of(self.session, new[-1]).get("kl", pd.Series(dtype=float)).dropna()
+        return f", KL {kls.iloc[0]:.3f} to {kls.iloc[-1]:.3f} nats/token on its text" if len(kls) > 1 else ""
 
     def _partial(self, found: Any) -> None:
         start = time.perf_counter()
