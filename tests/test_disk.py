@@ -151,6 +151,7 @@ def test_a_full_or_read_only_cache_costs_time_and_no_work(loaded_tiny, disk, mon
     """What can be made again is made, and not kept."""
     monkeypatch.setenv("ILDLAB_CACHE", str(disk.folder / "cache"))
     texts = [f"A paragraph about the number {n}, with some words after it." for n in range(400)]
+    monkeypatch.setattr(sources, "_SOURCES", type(sources._SOURCES)())  # of this test alone
     monkeypatch.setattr(sources, "read_python_docs", lambda: (yield from ()) or texts)
     want = load_text("python-docs", loaded_tiny.tokenizer, block=16)
     assert content(disk.folder)

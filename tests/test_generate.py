@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from ildlab.model.generate import greedy
+from ildlab.session.whatif import perplexity_of
 
 
 def by_hand(model, ids, tokens):
@@ -47,3 +50,7 @@ def test_it_ends_at_the_end_of_text_unless_asked_for_all(tiny):
     model.generation_config.eos_token_id = int(by_hand(model, ids, 1)[0, -1])
     assert greedy(model, ids, tokens=6).shape[1] == 5
     assert greedy(model, ids, tokens=6, exactly=True).shape[1] == 10
+
+
+def test_a_perplexity_beyond_a_float_is_infinite():
+    assert perplexity_of(1.0) == math.e and perplexity_of(708.0) < math.inf == perplexity_of(5000.0)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ildlab.errors import JournalError, SessionError
+from ildlab.errors import DistillError, JournalError, SessionError
 from ildlab.importance.scores import LayerScores
 from ildlab.plots import canvas
 from ildlab.progress import Progress
@@ -430,6 +430,14 @@ def test_an_interrupted_distillation_is_gone_on_with_or_discarded(create):
     again.evaluate(False, speed=False)
     stepper.refresh()
     assert stepper.proceed.description.startswith("▶ Go on distilling (3 of 8)")
+    file = again.standing().checkpoint
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])  # half a file: told, and all there is to do is to discard it
+    stepper.refresh()
+    assert stepper.proceed.description.startswith("▶ Distill") and "cannot be read" in stepper.discard.tooltip
+    stepper.distill.click()
+    assert isinstance(stepper.failed, DistillError) and "Delete it to start anew" in str(stepper.failed)
+    file.write_bytes(whole)
     stepper.discard.click()
     assert again.standing() is None and stepper.discard.layout.display == "none"
     again.close()

@@ -21,6 +21,7 @@ class Standing:
     config: dict[str, Any]  # fields of `DistillConfig`,
     text: str | None  # and the text, that `distill` has to be given to go on with it
     gap: list[int]
+    damage: str = ""  # why its checkpoint cannot be read, so that all there is to do is to discard it
 
     def discard(self) -> None:
         """Delete it; the student is as it was before."""
@@ -30,6 +31,10 @@ class Standing:
     def __str__(self) -> str:
         changed = {k: v for k, v in self.config.items() if v != getattr(DistillConfig(), k) and k != "seed"}
         told = "".join(f", {k} {v}" for k, v in changed.items())
+        if self.damage:
+            return (
+                f"A distillation around layers {self.gap} left a checkpoint that cannot be read ({self.damage}){told}"
+            )
         return f"A distillation around layers {self.gap} stands at {self.done} of {self.total} steps{told}"
 
 
@@ -46,11 +51,17 @@ def remember(checkpoint: Path, total: int, config: DistillConfig, text: str | No
 
 def read_standing(checkpoint: Path) -> Standing | None:
     """What stands in a checkpoint file; None where there is none, or nothing says what it is of."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     if not (checkpoint.is_file() and beside(checkpoint).is_file()):
         return None
-    told = json.loads(beside(checkpoint).read_text())
-    with safe_open(checkpoint, framework="pt") as file:
-        done = len(json.loads(file.metadata()["history"]))
+    try:
+        told = json.loads(beside(checkpoint).read_text())
+    except ValueError:
+        return None
+    try:
+        with safe_open(checkpoint, framework="pt") as file:
+            done = len(json.loads((file.metadata() or {}).get("history", "")))
+    except (OSError, ValueError, SafetensorError) as error:
+        return Standing(checkpoint, 0, **told, damage=str(error))
     return Standing(checkpoint, done, **told)

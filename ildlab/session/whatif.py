@@ -107,10 +107,15 @@ def what_if_steps(
             kls = _beside(student, teacher, mine)[2, list(new)].tolist() if len(new) else []
     said, answer = ([run.tokenizer.decode([i]) for i in row[0, length:].tolist()] for row in (theirs, mine))
     whole = [run.tokenizer.decode(row[0, length:]) for row in (mine, theirs)]
-    figures = (math.exp(nll), math.exp(teacher_nll), kl)
+    figures = (perplexity_of(nll), perplexity_of(teacher_nll), kl)
     return WhatIf(
         prompt, tuple(off), *whole, *figures, tuple(answer), tuple(kls), tuple(said), sampled=sample is not None
     )
+
+
+def perplexity_of(nll: float) -> float:
+    """Perplexity of a mean loss in nats; infinite where it is beyond a float, as of a stack with its first layer off."""
+    return math.exp(nll) if nll < 709 else math.inf
 
 
 def _continued(stack: LayerStack, ids: Tensor, tokens: int, sample: int | None) -> Work[Tensor]:

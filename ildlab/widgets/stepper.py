@@ -248,7 +248,7 @@ class Stepper(View):
         return f"Layer{'s' * (len(selected) > 1)} {named} removed; undo brings {'them' if len(selected) > 1 else 'it'} back."
 
     def _distill(self) -> Work[None]:
-        if standing := self.session.standing():
+        if standing := self.session.standing():  # a damaged one is refused there, in words
             config = DistillConfig.from_dict(standing.config)
             yield from self.session.distill_steps(config, text=standing.text, gap=standing.gap)
             return

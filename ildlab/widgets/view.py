@@ -91,7 +91,7 @@ class View(Controls):
         tokens = tokens_of(asked, session.config.train_tokens)
         cost = partial(forecast, session, metric=metric, suite=suite, tokens=tokens)
         label = f"Remove layer {session.scores.least_important}" if phase == "remove" else words.PHASES[phase]
-        if phase == "distill" and standing:
+        if phase == "distill" and standing and not standing.damage:
             label = f"Go on distilling ({standing.done} of {standing.total})"
         self.proceed.description = " · ".join(filter(None, (f"▶ {label}", words.time_words(cost(phase)))))
         self.discard.layout.display = None if standing else "none"

@@ -21,12 +21,12 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium"),
 ]
 
-# Pictures to keep are of the settings of notebook 01; a test has less patience.
+# Pictures to keep are of the text and metric of notebook 01; a test has less patience.
 SMALL = """text="python-docs", block=32, calibration_tokens=128, train_tokens=4096, eval_tokens=128, metric="block_influence",
     distill={"kl_positions": 8, "batch_size": 2, "scope": "neighbours", "local_tokens": 0, "hidden_weight": 1.0,
              "learning_rate": 2e-4}"""
-WHOLE = """text="mix", block=128, calibration_tokens=1536, train_tokens=8192, eval_tokens=1024, metric="kl",
-    measure={"race": True, "positions": 32}, distill={"tokens": 4096}"""
+WHOLE = """text="mix", block=128, calibration_tokens=768, train_tokens=2048, eval_tokens=512, metric="kl",
+    measure={"race": True, "positions": 16}, distill={"tokens": 1024}"""
 CELLS = [
     f"""from ildlab.widgets import step_through
 step_through("run", "smollm2-135m", {WHOLE if IMAGES else SMALL})""",
