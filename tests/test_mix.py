@@ -16,6 +16,7 @@ from ildlab.importance.dispatch import measure
 from ildlab.importance.samples import Positions, first_look, rounds
 from ildlab.importance.scores import LayerScores, by_kind
 from ildlab.model.stack import LayerStack
+from ildlab.session.session import PruningSession
 from ildlab.text.blocks import load_text
 from ildlab.text.mix import WEIGHTS, interleaved, packed, rows_file, summands
 from ildlab.text.rows import Rows
@@ -314,6 +315,14 @@ def test_one_sequence_of_a_kind_is_refused_before_the_work(tiny, rows_here, teac
     assert sorted(blocks.kinds.count(kind) for kind in ("sums", "tales")) == [1, 2]
     with pytest.raises(MeasureError, match="there is one sequence"):
         measure(stack, blocks, "kl", teacher=stack, show=False)
+
+
+def test_a_run_whose_kinds_run_out_is_refused_before_it_is_made(teacher, tmp_path):
+    """Of 64 tokens a block, the copies that fit run out after two: two other kinds are left with one sequence."""
+    sizes = {"block": 64, "calibration_tokens": 768, "train_tokens": 768, "eval_tokens": 768}
+    with pytest.raises(MeasureError, match="one sequence.*lengthen the blocks"):
+        PruningSession.create(tmp_path / "run", teacher, text="mix", **sizes)
+    assert not (tmp_path / "run").exists()
 
 
 @torch.no_grad()

@@ -132,6 +132,17 @@ def first_look(kinds: Sequence[str], least: int) -> int:
     return least
 
 
+def check_kinds(kinds: Sequence[str]) -> None:
+    """MeasureError where of a kind of text there is one sequence alone, whose spread nothing tells."""
+    lone = [kind for kind in dict.fromkeys(kinds) if list(kinds).count(kind) < 2]
+    if lone:
+        raise MeasureError(
+            f"Of {', '.join(lone)} there is one sequence: give two or more of each kind of text, or its spread is not "
+            f"known. Raise calibration tokens to {2 * len(set(kinds))} blocks, or shorten the blocks; where they are that "
+            "many already, a kind has run out of rows that fit: lengthen the blocks."
+        )
+
+
 class Collector:
     """Collects values per sequence while a metric runs, and turns them into LayerScores."""
 
@@ -140,12 +151,7 @@ class Collector:
     ):
         self.config, self.source, self.layer_ids = config, source, list(layer_ids)
         self.kinds = np.array(kinds)
-        lone = [kind for kind in dict.fromkeys(kinds) if list(kinds).count(kind) < 2]
-        if lone:
-            raise MeasureError(
-                f"Of {', '.join(lone)} there is one sequence: give two or more of each kind of text, or its spread is not "
-                f"known. Raise calibration tokens to {2 * len(set(kinds))} blocks, or shorten the blocks."
-            )
+        check_kinds(kinds)
         self.values = np.full((total, len(self.layer_ids)), np.nan)  # [N, L]
         self.weights = np.zeros(total)
         self.details: dict[str, Any] = config.told()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from ildlab.errors import JournalError, SessionError
 from ildlab.evaluate.suites import load_suite
 from ildlab.files import whole_path, write_atomic
+from ildlab.importance.samples import check_kinds
 from ildlab.model.fingerprints import fingerprint
 from ildlab.model.load import LoadedModel, load_model
 from ildlab.model.stack import LayerStack
@@ -48,7 +49,10 @@ def create(
     check_describable(stack)
     config.check_layers(stack.layer_ids)
     splits = ("calibration", "eval") if config.eval_text else ("calibration",)
-    texts = {split: text_record(load_split(config, loaded, split)) for split in splits}
+    blocks = {split: load_split(config, loaded, split) for split in splits}
+    if config.metric != "task":
+        check_kinds(blocks["calibration"].kinds)
+    texts = {split: text_record(each) for split, each in blocks.items()}
     facts = {"ildlab_run": FORMAT, "fingerprint": fingerprint(stack, any_dtype=True), "layers": len(stack)}
     facts |= {"distill_stages": STAGES, "weights_dtype": str(storage_dtype(stack)).removeprefix("torch.")}
     journal = Journal.create(folder, config.told(from_run(folder)) | facts)

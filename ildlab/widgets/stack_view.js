@@ -186,8 +186,26 @@ export default {
       event.stopPropagation(); // JupyterLab has commands on these keys too
     });
 
+    // Headers of ipywidgets' panes are no buttons: here a keyboard reaches and opens them.
+    function reach() {
+      for (const head of el.closest(".ildlab-stepper")?.querySelectorAll(".jupyter-widget-Collapse-header") ?? []) {
+        head.setAttribute("aria-expanded", head.parentElement.classList.contains("jupyter-widget-Collapse-open"));
+        if (head.tabIndex >= 0) continue;
+        head.tabIndex = 0;
+        head.setAttribute("role", "button");
+        head.addEventListener("click", () => setTimeout(reach));
+        head.addEventListener("keydown", (event) => {
+          if (event.key !== "Enter" && event.key !== " ") return;
+          event.preventDefault();
+          event.stopPropagation();
+          head.click();
+        });
+      }
+    }
+
     let ends = 0;
     function tick() {
+      reach();
       const left = model.get("left");
       clock.textContent = left < 0 ? "" : inWords((ends - performance.now()) / 1000);
       bar.hidden = model.get("done") < 0;

@@ -21,15 +21,12 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium"),
 ]
 
-# Pictures to keep are of the text and metric of notebook 01; a test has less patience.
 SMALL = """text="python-docs", block=32, calibration_tokens=128, train_tokens=4096, eval_tokens=128, metric="block_influence",
     distill={"kl_positions": 8, "batch_size": 2, "scope": "neighbours", "local_tokens": 0, "hidden_weight": 1.0,
              "learning_rate": 2e-4}"""
-WHOLE = """text="mix", block=128, calibration_tokens=768, train_tokens=2048, eval_tokens=512, metric="kl",
-    measure={"race": True, "positions": 16}, distill={"tokens": 1024}"""
 CELLS = [
     f"""from ildlab.widgets import step_through
-step_through("run", "smollm2-135m", {WHOLE if IMAGES else SMALL})""",
+step_through("run", "smollm2-135m", {SMALL})""",
     "import time; time.sleep(2); print('second cell', 'ran')",
 ]
 
@@ -161,7 +158,7 @@ def test_the_whole_flow(lab, page):
         page.locator(".ildlab-stepper").get_by_label(box).fill(value)
         page.locator(".ildlab-stepper").get_by_label(box).blur()
         press(page, button)
-        wait_status(page, "Branched into branch" if button == "Branch" else "Exported to out")
+        wait_status(page, "Branched into branch" if button == "Branch" else "Exported to .*out")
     assert (work / "out" / "model.safetensors").is_file() and (work / "branch" / "journal.jsonl").is_file()
     before = status(page)
     assert not own_errors(page), page.errors
