@@ -172,7 +172,8 @@ class SuiteResult:
 def html_table(table: pd.DataFrame, label: str, caption: str) -> str:
     """A table as HTML, its texts escaped, with a label for screen readers."""
     with pd.option_context("display.max_colwidth", None):
-        body = table.to_html(border=0, float_format="{:.3f}".format, index_names=False)
+        named = table.rename_axis(index=None, columns=table.index.name or "figure")  # no heading is empty
+        body = named.to_html(border=0, float_format="{:.3f}".format)
     return f"<div role='group' aria-label='{label}'>{html.escape(caption)}{body}</div>"
 
 

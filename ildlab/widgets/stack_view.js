@@ -186,9 +186,15 @@ export default {
       event.stopPropagation(); // JupyterLab has commands on these keys too
     });
 
-    // Headers of ipywidgets' panes are no buttons: here a keyboard reaches and opens them.
+    // Headers of ipywidgets' panes are no buttons, and boxes that have a tooltip alone no label: here they get both.
     function reach() {
-      for (const head of el.closest(".ildlab-stepper")?.querySelectorAll(".jupyter-widget-Collapse-header") ?? []) {
+      const page = el.closest(".ildlab-stepper");
+      for (const box of page?.querySelectorAll("input, select, textarea") ?? []) {
+        const label = [...(box.labels ?? [])].map((each) => each.textContent.trim()).join(" ");
+        const title = box.title || box.closest("[title]")?.title || box.labels?.[0]?.title;
+        if (!label && title) box.setAttribute("aria-label", title);
+      }
+      for (const head of page?.querySelectorAll(".jupyter-widget-Collapse-header") ?? []) {
         head.setAttribute("aria-expanded", head.parentElement.classList.contains("jupyter-widget-Collapse-open"));
         if (head.tabIndex >= 0) continue;
         head.tabIndex = 0;
