@@ -17,7 +17,7 @@ from ildlab.distill.config import DistillConfig
 from ildlab.distill.fused import fused_divergence
 from ildlab.distill.losses import hidden_distance
 from ildlab.distill.scope import runs
-from ildlab.model.capture import Trunk
+from ildlab.model.capture import Trunk, sent
 from ildlab.model.shared import shared_prefix
 from ildlab.model.stack import Batch, LayerStack
 
@@ -59,8 +59,12 @@ class DistillStep:
         # The shared bottom serves both models; the student's own frozen layers end at its lowest trained one.
         names = ["shared"] * (self.prefix > 0) + ["student"] * (self.first > self.prefix)
         width, dtype = self.student.hidden_size, self.student.model.dtype
-        if names and rows * block * width * len(names) * dtype.itemsize <= BOTTOM_BYTES:
-            self.bottoms = BottomStore(rows, block, width, names, dtype)
+        size = rows * block * width * len(names) * dtype.itemsize
+        if names and size <= BOTTOM_BYTES:
+            where = torch.device("cpu")
+            if self.student.device.type == "cuda" and torch.cuda.mem_get_info(self.student.device)[0] > 8 * size:
+                where = self.student.device  # no copy to the host and back, for which each step would wait
+            self.bottoms = BottomStore(rows, block, width, names, dtype, where)
 
     def __call__(
         self, batch: Batch, counts: Counts, positions: Tensor | None = None, rows: Tensor | None = None
@@ -87,9 +91,11 @@ class DistillStep:
         batch = batch if isinstance(batch, Mapping) else {"input_ids": batch}
         mine, theirs = self._hidden(batch, rows)
         final, target = mine[len(student)], theirs[len(self.teacher)]  # [B, T, d] each
-        ids = batch["input_ids"].to(final.device)  # [B, T]
+        ids = sent(batch["input_ids"], final.device)  # [B, T]
         mask = batch.get("attention_mask")
-        mask = torch.ones(ids.shape, device=final.device) if mask is None else mask.to(final.device).float()  # [B, T]
+        mask = (
+            torch.ones(ids.shape, device=final.device) if mask is None else sent(mask, final.device).float()
+        )  # [B, T]
 
         loss = torch.zeros((), device=final.device)
         distances = []
@@ -117,6 +123,7 @@ class DistillStep:
         trunk, hidden, theirs = self._below(batch, rows, max(depths.values()), {*depths.values()})
         mask = batch.get("attention_mask")
         mask = torch.ones(hidden.shape[:2]) if mask is None else mask.float()  # [B, T]
+        mask = sent(mask, hidden.device)
         loss, distances, at = torch.zeros((), device=hidden.device), [], self.first
         for layer_id, start in self.ends.items():
             with torch.no_grad():
@@ -139,7 +146,7 @@ class DistillStep:
         labels, label_mask = ids.roll(-1, dims=1), has_next(mask)  # [B, T] each
         final = self._watched(final, 0)
         if positions is not None:
-            at = positions.to(final.device)  # [B, P]
+            at = sent(positions, final.device)  # [B, P]
             across = at[..., None].expand(-1, -1, final.shape[-1])  # [B, P] -> [B, P, d]
             final, target = final.gather(1, across), target.gather(1, across)  # [B, T, d] -> [B, P, d]
             mask, labels, label_mask = (x.gather(1, at) for x in (mask, labels, label_mask))  # [B, T] -> [B, P]

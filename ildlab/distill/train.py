@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -265,6 +267,8 @@ class Trainer:
 
 
 def _processes(device: torch.device):
+    if "WORLD_SIZE" not in os.environ:  # no launcher started this process: it is alone, and needs no accelerate
+        return SimpleNamespace(num_processes=1, process_index=0, is_main_process=True)
     from accelerate import PartialState
     from accelerate.state import is_initialized
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ildlab.errors import IldlabError, SuiteError
 from ildlab.evaluate.packing import Batch, Encoded, make_batches
 from ildlab.limits import check_ids, model_window
+from ildlab.model.capture import sent
 from ildlab.model.head import chunk_rows
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work
@@ -126,15 +127,20 @@ def model_inputs(stack: LayerStack, batch: Batch) -> dict[str, Tensor]:
     return inputs
 
 
-@torch.no_grad()
 def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes) -> None:
     """Fill in the outcomes of a batch's requests from the final hidden state [B, T, d]."""
-    row, column = batch.head.to(hidden.device).unbind(1)
+    take_in(batch, at_head(stack, batch, hidden).cpu(), outcomes)
+
+
+@torch.no_grad()
+def at_head(stack: LayerStack, batch: Batch, hidden: Tensor) -> Tensor:
+    """Of each scored token its logit, the log-sum-exp there, and 1 where it is the likeliest: [3, Q] on the device."""
+    row, column = sent(batch.head, hidden.device).unbind(1)
     wanted = hidden[row, column]  # [P, d]
     total = torch.empty(len(wanted), dtype=torch.float32, device=hidden.device)
     best = torch.empty(len(wanted), dtype=torch.long, device=hidden.device)
-    gold = torch.empty(len(batch.which), dtype=torch.float32, device=hidden.device)
-    which, target = batch.which.to(hidden.device), batch.target.to(hidden.device)
+    gold = torch.zeros(len(batch.which), dtype=torch.float32, device=hidden.device)
+    which, target = sent(batch.which, hidden.device), sent(batch.target, hidden.device)
     parts = -(-len(wanted) // chunk_rows(stack)) or 1
     size = -(-len(wanted) // parts) or 1  # even parts: a few last positions would cost as much as many
     for start in range(0, len(wanted), size):
@@ -144,11 +150,16 @@ def read_out(stack: LayerStack, batch: Batch, hidden: Tensor, outcomes: Outcomes
         top, best[part] = logits.max(-1)  # before the cast: it changes no order
         logits, top = logits.float(), top.float()
         here = (which >= start) & (which < part.stop)
-        gold[here] = logits[which[here] - start, target[here]]
+        gold = torch.where(here, logits[(which - start).clamp(0, len(logits) - 1), target], gold)
         # log-sum-exp in place: on a CPU, fresh memory for a vocabulary's numbers is slow.
         total[part] = logits.sub_(top[:, None]).exp_().sum(-1).log_().add_(top)
-    scored = gold.cpu().double().numpy() - total[which].cpu().double().numpy()  # MPS has no fp64
-    hit = (best[which] == target).cpu().numpy()
+    return torch.stack([gold, total[which], (best[which] == target).float()])
+
+
+def take_in(batch: Batch, found: Tensor, outcomes: Outcomes) -> None:
+    """Fill in the outcomes of a batch's requests from what `at_head` found [3, Q], on the host."""
+    gold, total, hit = found.double().numpy()  # here, since MPS has no fp64
+    scored, hit = gold - total, hit.astype(bool)
     count = len(batch.requests)
     outcomes.loglikelihood[batch.requests] = np.bincount(batch.owner, scored, minlength=count)
     # Greedy decoding follows the continuation up to the first miss.

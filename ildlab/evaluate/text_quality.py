@@ -19,6 +19,7 @@ from ildlab.evaluate.results import SuiteResult
 from ildlab.evaluate.speed import generation_speed
 from ildlab.evaluate.suites import load_suite, suite_steps
 from ildlab.limits import check_input
+from ildlab.model.capture import sent
 from ildlab.model.head import beside_teacher, in_fp64
 from ildlab.model.shared import both_final, shared_prefix
 from ildlab.model.stack import LayerStack
@@ -117,22 +118,23 @@ def evaluate_steps(
 evaluate = blocking(evaluate_steps)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _text_steps(student, teacher, rows: Rows, batch_size: int) -> Work[dict[str, Any]]:
     """The figures of an `Evaluation` that text gives."""
     sums = np.zeros((len(rows.tokens), 5))  # per block: tokens; sums of NLL, the teacher's NLL, KL, same top token
     for start in range(0, len(rows.tokens), batch_size):
         picked = np.arange(start, min(start + batch_size, len(rows.tokens)))
         ours, reference, trunk = both_final(student, teacher, rows.batch(picked))
-        target = trunk.input_ids[:, 1:].to(student.device)  # [B, T-1]
-        valid = torch.ones_like(target, dtype=torch.bool)
-        if trunk.attention_mask is not None:  # a token that is predicted, from one that is there
-            valid = (trunk.attention_mask[:, 1:] * trunk.attention_mask[:, :-1]).bool().to(student.device)
-        reference_at = reference[:, :-1][valid]  # [n, d]: the positions that predict
-        ours_at = reference_at if ours is reference else ours[:, :-1][valid]
-        found = beside_teacher(student, teacher, ours_at, reference_at, target[valid])  # [4, n]
+        target = trunk.input_ids[:, 1:].to(student.device).flatten()  # [B, T-1] -> [B (T-1)]
+        valid = torch.ones(len(picked), rows.tokens.shape[1] - 1, dtype=torch.bool)
+        if rows.mask is not None:  # a token that is predicted, from one that is there
+            valid = rows.mask[picked, 1:] & rows.mask[picked, :-1]
+        # Told on the host: a mask that lies on a GPU waits for it.
+        owner, at = (sent(each, student.device) for each in (valid.nonzero()[:, 0], valid.flatten().nonzero()[:, 0]))
+        reference_at = reference[:, :-1].flatten(0, 1)[at]  # [n, d]: the positions that predict
+        ours_at = reference_at if ours is reference else ours[:, :-1].flatten(0, 1)[at]
+        found = beside_teacher(student, teacher, ours_at, reference_at, target[at])  # [4, n]
         found = torch.cat([torch.ones_like(found[:1]), found])  # [5, n]
-        owner = valid.nonzero()[:, 0]
         figures = in_fp64(torch.zeros(len(picked), 5, device=student.device))
         sums[picked] = figures.index_add_(0, owner, in_fp64(found).T).cpu().numpy()
         _check_finite(sums, picked)

@@ -21,6 +21,7 @@ from ildlab.importance.cka import Cka
 from ildlab.importance.one_pass import apart, token_mean
 from ildlab.importance.samples import rounds
 from ildlab.limits import check_input
+from ildlab.model.capture import sent
 from ildlab.model.head import in_fp64, log_probabilities
 from ildlab.model.stack import LayerStack
 from ildlab.progress import Progress, Work, blocking
@@ -146,25 +147,30 @@ def logit_lens_steps(
     """
     at_least_one(MeasureError, top=top)
     ids, words = _encode(model, text, tokenizer)
-    tables: list[pd.DataFrame] = []
+    found: list[tuple[str, Any, list[Tensor]]] = []
     total = sum(len(stack) + 1 for stack in (model, teacher) if stack is not None)
     for who, stack in {"student": model, "teacher": teacher}.items():
         for layer, hidden in zip(_labels(stack), stack.walk(ids), strict=True) if stack is not None else ():
             log_p = log_probabilities(stack.logits(hidden[0]))  # [1, T, d] -> [T, V]
             best = log_p.topk(top, -1)  # [T, top]
             following = log_p[:-1].gather(1, ids[0, 1:, None].to(log_p.device))[:, 0].exp()  # [T - 1]
-            columns = {
-                "model": who,
-                "layer": layer,
-                "position": range(len(words)),
-                "token": words,
-                "top": [[tokenizer.decode([i]) for i in row] for row in best.indices.tolist()],
-                "probability": best.values.exp().tolist(),
-                "entropy": (-(log_p.exp() * log_p).sum(-1)).tolist(),
-                "target_probability": [*following.tolist(), np.nan],
-            }
-            tables.append(pd.DataFrame(columns).astype({"layer": object}))
-            yield Progress(len(tables), total)
+            entropy = -(log_p.exp() * log_p).sum(-1)  # [T]
+            found.append((who, layer, [best.indices, best.values.exp(), entropy, following]))
+            yield Progress(len(found), total)
+    tables = []
+    for who, layer, tensors in found:  # to the host when all is computed
+        indices, probability, entropy, following = (tensor.tolist() for tensor in tensors)
+        columns = {
+            "model": who,
+            "layer": layer,
+            "position": range(len(words)),
+            "token": words,
+            "top": [[tokenizer.decode([i]) for i in row] for row in indices],
+            "probability": probability,
+            "entropy": entropy,
+            "target_probability": [*following, np.nan],
+        }
+        tables.append(pd.DataFrame(columns).astype({"layer": object}))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -229,8 +235,10 @@ def _batches(rows: Rows, skip_first: bool) -> Iterator[tuple[Any, Tensor, Progre
 def _redundancy_steps(model: LayerStack, kind: str, batches: Iterator) -> Work[pd.DataFrame]:
     cka, above, count = Cka(), 0.0, 0
     for batch, valid, progress in batches:
-        valid = valid.to(model.device)
-        states = torch.stack([h[valid] for h in model.walk(batch)])  # [L+1, tokens, d] of this batch alone
+        counted = sent(valid.flatten().nonzero()[:, 0], model.device)  # told on the host: a mask on a GPU waits for it
+        states = torch.stack(
+            [h.flatten(0, 1)[counted] for h in model.walk(batch)]
+        )  # [L+1, tokens, d] of this batch alone
         if kind == "cka":
             cka.add(states)
         else:
@@ -252,7 +260,7 @@ def _redundancy_steps(model: LayerStack, kind: str, batches: Iterator) -> Work[p
 def _drift_steps(student: LayerStack, teacher: LayerStack, kind: str, batches: Iterator) -> Work[pd.DataFrame]:
     found, counts = [], []
     for batch, valid, progress in batches:
-        here, pairs = valid.to(student.device), _pairs(student, teacher, batch)
+        here, pairs = sent(valid, student.device), _pairs(student, teacher, batch)
         columns = [token_mean(apart(theirs, mine, AS[kind]), here) for mine, theirs in pairs]  # L+1 of [B]
         found.append(torch.stack(columns, 1).cpu().double())  # [B, L+1]
         counts.append(valid.sum(1))

@@ -33,6 +33,7 @@ from ildlab.importance.config import MeasureConfig
 from ildlab.importance.samples import Collector, Positions, SmallerOnOOM, rounds
 from ildlab.importance.scores import LayerScores
 from ildlab.importance.sweep import climb, rows_at_once
+from ildlab.model.capture import sent
 from ildlab.model.head import chunk_rows, in_fp64, log_probabilities, nll_per_token
 from ildlab.model.offload import resident
 from ildlab.model.stack import LayerStack
@@ -84,7 +85,8 @@ def _values(student: LayerStack, rows: Rows, config: MeasureConfig, places: Posi
     else:
         values = _lrp(student, batches) if config.metric == "lrp" else _pairwise(student, batches, config.metric)
         mask = torch.ones_like(rows.tokens) if rows.mask is None else rows.mask
-        weights = mask[torch.as_tensor(picked)].sum(1).to(values)  # [n, T] -> [n]
+        weights = mask[torch.as_tensor(picked)].sum(1).to(values.dtype)  # [n, T] -> [n]
+        weights = sent(weights, values.device)
     return torch.cat([values, weights[:, None]], 1)
 
 
@@ -130,7 +132,7 @@ def apart(before: Tensor, after: Tensor, metric: str) -> Tensor:
     return compare(make(before), make(after))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _pairwise(student: LayerStack, batches: list, metric: str) -> Tensor:
     """Values [rows, L] of the metrics that compare a layer's input with its output."""
     make, compare = _PAIRWISE[metric]
@@ -163,7 +165,7 @@ def _query_projections(student: LayerStack) -> list[nn.Linear]:
     return projections
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def _lrp(student: LayerStack, batches: list) -> Tensor:
     """Values [rows, L] of the epsilon-rule relevance through the query projections."""
     trunks = [student.trunk(batch) for batch in batches]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ildlab.errors import MeasureError, out_of_memory
 from ildlab.importance.config import MeasureConfig
 from ildlab.importance.scores import LayerScores, by_kind
+from ildlab.model.capture import sent
 from ildlab.model.head import in_fp64
 from ildlab.progress import Progress
 from ildlab.text.rows import Rows
@@ -62,7 +63,7 @@ class Positions:
         """Those of one batch, on the device, with targets [B * P] and weights [B] (positions scored)."""
         pick = torch.as_tensor(rows)
         parts = (self.index[pick], self.valid[pick], self.targets[pick].flatten())  # targets [B, P] -> [B * P]
-        index, valid, targets = (part.to(device, non_blocking=True) for part in parts)
+        index, valid, targets = (sent(part, device) for part in parts)
         return Positions(index, valid, targets, valid.sum(1).float())
 
     def take(self, hidden: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ batches and branches, which is what a model with offloaded layers needs.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,14 +17,35 @@ from torch import Tensor
 from ildlab.model.capture import Trunk
 from ildlab.model.offload import is_offloaded, resident
 from ildlab.model.stack import LayerStack
+from ildlab.model.stacked import run_together
+
+MOST_TOGETHER = 2**16  # tokens in one call of a layer: more do not make a GPU busier
+LAYER_TENSORS = 8  # of the width of a layer's widest weight, for each token, that exist while it runs
 
 
-def _advance(stack: LayerStack, q: int, trunks: Sequence[Trunk], moving: Sequence[list[Tensor]]) -> None:
+def tokens_together(student: LayerStack) -> int:
+    """Tokens of several branches that a layer takes in one call; 0, each branch by itself, but on CUDA.
+
+    On a CPU a larger batch gains little, since products fill the cores as they are, and less than its proof takes at load.
+    """
+    if student.device.type != "cuda" or student.stacking is None:
+        return 0
+    free, _ = torch.cuda.mem_get_info(student.device)
+    widest = max(max(p.shape) for p in student.layers[0].parameters())
+    return min(MOST_TOGETHER, free // (LAYER_TENSORS * widest * student.model.dtype.itemsize))
+
+
+def _advance(
+    stack: LayerStack, q: int, trunks: Sequence[Trunk], moving: Sequence[list[Tensor]], together: int = 0
+) -> None:
     """Run the layer at position q, while it is loaded, on all of these states in place: a [B, T, d] a batch each."""
-    with resident(stack.layers[q]):
+    with resident(stack.layers[q]) if moving else contextlib.nullcontext():
         for b, trunk in enumerate(trunks):
-            for states in moving:
-                states[b] = stack.run(q, states[b], trunk)
+            size = max(1, together // trunk.input_ids.numel())
+            for part in (moving[i : i + size] for i in range(0, len(moving), size)):
+                outs = run_together(stack, q, [states[b] for states in part], trunk, stack.stacking)
+                for states, out in zip(part, outs, strict=True):
+                    states[b] = out
 
 
 def climb(
@@ -80,18 +102,20 @@ def branches(
     trunk = [t.h0 for t in trunks]  # h[at] of each batch, [B, T, d]
     fits = max(1, max_branch_bytes // sum(h.nbytes for h in trunk) - 1)
     waves = [alive[i : i + fits] for i in range(0, len(alive), fits)] or [[]]
-    at = 0  # the trunk stands at h[at]
+    together, at = tokens_together(student), 0  # the trunk stands at h[at]
     on_trunk(at, trunk)
     for wave in waves:
         goal = max(wave[-1] if wave else 0, reach if wave is waves[-1] else 0)
         going: dict[int, list[Tensor]] = {}  # skipped position -> the branch's states, [B, T, d] a batch
         for q in range(at, len(student)):
-            moving = [*going.values(), trunk] if q < goal else [*going.values()]
+            moving = [*going.values()]
             if q in wave:
                 going[q] = list(trunk)  # the branch stands at h[q], and skips what the others now run
-            if moving:
-                _advance(student, q, trunks, moving)
-                count(len(trunks) * len(moving))
+            with resident(student.layers[q]) if moving or q < goal else contextlib.nullcontext():
+                _advance(student, q, trunks, moving, together)
+                # By itself: a part of a larger tensor would keep the whole of it for whomever `on_trunk` hands it to.
+                _advance(student, q, trunks, [trunk] if q < goal else [])
+            count(len(trunks) * (len(moving) + (q < goal)))
             if q < goal:
                 at = q + 1
                 on_trunk(at, trunk)

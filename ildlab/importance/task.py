@@ -19,11 +19,12 @@ from torch import Tensor
 from ildlab.errors import MeasureError
 from ildlab.evaluate.loglikelihood import (
     Outcomes,
+    at_head,
     batch_tokens,
     check_requests,
     largest_tree,
     model_inputs,
-    read_out,
+    take_in,
     window,
 )
 from ildlab.evaluate.packing import make_batches
@@ -152,8 +153,9 @@ class TaskSweep:
             yield done, len(batches)
         self._take(part, chosen, alive)
 
+    @torch.inference_mode()
     def _run_batch(self, batch: Any, alive: Sequence[int]) -> None:
-        student, final = self.student, []
+        student, final, found = self.student, [], {}
 
         def on_trunk(position: int, hidden: list[Tensor]) -> None:
             final[:] = hidden  # the last one is the whole student's, [B, T, d]
@@ -162,8 +164,10 @@ class TaskSweep:
         options = {"max_branch_bytes": self.max_branch_bytes, "reach": len(student)}
         for layer_ids, hidden in branches(student, [trunk], alive, on_trunk=on_trunk, **options):
             for layer_id, (state,) in zip(layer_ids, hidden):
-                read_out(student, batch, state, self.outcomes[layer_id])
-        read_out(student, batch, final[0], self.outcomes[None])
+                found[layer_id] = at_head(student, batch, state)  # [3, Q]
+        found[None] = at_head(student, batch, final[0])
+        for layer_id, each in zip(found, torch.stack([*found.values()]).cpu(), strict=True):  # the one host sync
+            take_in(batch, each, self.outcomes[layer_id])
 
     def _take(self, part: np.ndarray, chosen: np.ndarray, alive: Sequence[int]) -> None:
         """Turn the outcomes of the chosen requests into the values of a part's examples."""

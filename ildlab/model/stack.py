@@ -22,7 +22,7 @@ from ildlab.drawing.columns import columns_of
 from ildlab.drawing.stack import Picture
 from ildlab.errors import SessionError, UnsupportedModelError
 from ildlab.limits import check_ids, check_length
-from ildlab.model.capture import Captured, Stub, Trunk, forward_replaced, shape_of, split_hidden
+from ildlab.model.capture import Captured, Stub, Trunk, forward_replaced, sent, shape_of, split_hidden
 from ildlab.model.config_cut import (
     config_entries,
     cut_config,
@@ -32,7 +32,9 @@ from ildlab.model.config_cut import (
     restore_config,
 )
 from ildlab.model.find import find_layers, text_config
+from ildlab.model.offload import is_offloaded
 from ildlab.model.proof import what_is_odd
+from ildlab.model.stacked import learned
 
 Batch = Tensor | Mapping[str, Tensor]
 
@@ -274,11 +276,7 @@ class LayerStack:
             check_length(self.model, inputs["input_ids"].shape[-1])
         if inputs["input_ids"].device.type == "cpu":  # on a GPU it would wait for the device
             check_ids(self.model, inputs["input_ids"])
-        return {
-            k: v.to(self.device, dtype=torch.long if k == "input_ids" else None, non_blocking=True)
-            for k, v in inputs.items()
-            if v is not None
-        }
+        return {k: sent(v.long() if k == "input_ids" else v, self.device) for k, v in inputs.items() if v is not None}
 
     @contextlib.contextmanager
     def _stack_replaced(self, layers: nn.ModuleList) -> Iterator[None]:
@@ -336,3 +334,5 @@ class LayerStack:
                 or f"Replaying the decoder layers of {name} gives other logits than the model (by {error:.3g}): "
                 "it carries state between layers that ildlab does not see."
             )
+        # Where branches run as one larger batch (see `ildlab.importance.sweep`), which no offloaded layer does.
+        self.stacking = learned(self) if self.device.type == "cuda" and not is_offloaded(self.layers) else None

@@ -7,9 +7,10 @@ be two models. The twin is built from the config anew, without copying a weight,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,15 +29,29 @@ def twin_of(stack: LayerStack) -> nn.Module:
 
     Raises whatever the family's constructor says of its config, and RuntimeError where the weights do not fit it.
     """
-    from accelerate import init_empty_weights
-
     model = stack.model
     config = type(model.config).from_dict(model.config.to_dict())
     config._attn_implementation = model.config._attn_implementation
-    with init_empty_weights(include_buffers=False), quiet():
+    with _no_memory(), quiet():
         twin = type(model)(config)
     twin.load_state_dict(model.state_dict(), strict=True, assign=True)
     return twin.to(stack.device).eval() if not _elsewhere(model) else twin.eval()
+
+
+@contextlib.contextmanager
+def _no_memory() -> Iterator[None]:
+    """Let modules that are made keep their parameters on no memory; buffers, which are computed, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        empty = None if param is None else nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, empty)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 @torch.no_grad()
