@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "distill",
         "importance",
         "session",
+        "grid",
         "plots",
         "widgets",
     ],

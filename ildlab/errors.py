@@ -66,6 +66,10 @@ class JournalError(IldlabError):
     """A run folder holds no run, another one, or a damaged one, or is locked."""
 
 
+class GridError(IldlabError):
+    """A grid is none of its notebook, its folder is another's, or a worker lacks something."""
+
+
 class PlotError(IldlabError, ValueError):
     """A figure was asked for of what it cannot be drawn from."""
 

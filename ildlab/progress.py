@@ -94,7 +94,7 @@ def lines(work: Work[T], *, every: float = 10.0) -> T:
     return _run(work, see)
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
     """Whether a Jupyter kernel runs this: its stderr is no terminal, but a line that is drawn anew shows."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
@@ -108,7 +108,7 @@ def drive(work: Work[T], *, desc: str = "", show: bool | None = None) -> T:
     """
     from tqdm import tqdm
 
-    notebook = _in_notebook()
+    notebook = in_notebook()
     if show is None:
         show = sys.stderr.isatty() or notebook
     # A line of text in a notebook too: a widget that is closed while the page still draws it is an error there.

@@ -14,7 +14,7 @@ FLOORS = (
     {"evaluate", "distill"},
     {"importance"},
     {"session", "doctor"},
-    {"widgets"},
+    {"widgets", "grid"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {
@@ -116,7 +116,7 @@ def test_files_and_functions_are_short():
 
 def test_the_library_is_thin():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py"))
-    assert lines <= 15_350
+    assert lines <= 16_100
 
 
 def test_each_room_says_what_happens_inside():

@@ -10,11 +10,10 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from ildlab import errors
-from ildlab.errors import IldlabError, ParameterError
-from ildlab.typed import read_parameters
+from ildlab.errors import IldlabError
+from ildlab.grid.points import read_as
 
 
 def notebooks_dir() -> Path:
@@ -33,19 +32,6 @@ def run_folder(base: Path) -> Path:
         if not folder.exists() or not (folder / "report.html").exists():
             return folder
         number += 1
-
-
-def read_as(known: dict[str, dict], given: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as their types in the notebook, which `inspect_notebook` tells; ParameterError where there is none such.
-
-    papermill only warns of those that it does not know, and runs without them.
-    """
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise ParameterError(f"There is no parameter {', '.join(map(repr, unknown))}. There are: {', '.join(known)}.")
-    read = {"__annotations__": {name: known[name]["inferred_type_name"] for name in given}, **given}
-    read_parameters(read)
-    return {name: read[name] for name in given}
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -26,9 +26,14 @@ def history_table(run: Run, step: int | None = None) -> pd.DataFrame:
     teacher without the same layers, never distilled; `loss` (the quality loss that `max_loss` limits), `seconds`, and
     a `canary_<name>` for each canary of the iteration's last evaluation.
     """
-    rows: list[dict] = [{"n_removed": 0, "layers": len(run.teacher), "seconds": 0.0}]
+    return table_of(run.path if step is None else run.journal.path_to(step), run.config.suite)
+
+
+def table_of(path: list[Step], suite: str | None) -> pd.DataFrame:
+    """`history_table` of the steps from a run's beginning on, whose setting `suite` was this; no model is needed."""
+    rows: list[dict] = [{"n_removed": 0, "layers": len(path[0].layer_ids), "seconds": 0.0}]
     measuring = 0.0  # counts for the removal that follows it
-    for record, stage in staged(run.path if step is None else run.journal.path_to(step)):
+    for record, stage in staged(path):
         if record.action == "measure":
             measuring += record.seconds
             continue
@@ -41,7 +46,7 @@ def history_table(run: Run, step: int | None = None) -> pd.DataFrame:
             found, after = record.result["evaluation"], "_pruned" if stage == "pruned" else ""
             told = {f"{name}{after}": found[name] for name in ("perplexity", "kl")}
             told[f"aggregate{after}"] = record.result.get("aggregate")
-            if record.args["suite"] or not run.config.suite:  # a loss by the text alone is of another kind
+            if record.args["suite"] or not suite:  # a loss by the text alone is of another kind
                 told["loss"] = record.result["loss"]
             told |= {} if after else {"agreement": found["agreement"]}
             bare = record.result.get("undistilled") or {}
