@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -20,6 +21,7 @@ from ildlab import PruningSession, plots
 from ildlab.errors import IldlabError
 from ildlab.grid import load_grid, run_grid, run_grid_steps
 from ildlab.grid.points import Plan
+from ildlab.grid.run import _settle
 from ildlab.grid.work import held, is_held, run_point, state_of, write_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,7 @@ run_folder: str = "run"  # where to write
 # Its lines tell who wrote when: never two kernels by turns, and one end.
 BODY = """import os, time
 from pathlib import Path
+from types import SimpleNamespace
 Path(run_folder).mkdir(exist_ok=True)
 for tick in range(ticks):
     with open(Path(run_folder) / "log", "a") as log:
@@ -254,12 +257,17 @@ def test_a_worker_that_came_late_is_asked_too(notebook, tmp_path):
     assert state_of(point) == {"state": "waiting"}
 
 
+def asked_to_run(point: Path) -> list[str]:
+    """A worker's part, as a process."""
+    ask = f"from ildlab.grid.work import run_point; print(run_point({str(point)!r}, {ildlab.__version__!r}))"
+    return [sys.executable, "-c", ask]
+
+
 def test_a_point_that_another_holds_waits_and_is_not_run_again(notebook, tmp_path):
     """As after a worker was thought lost: the second finds it done."""
     point = Plan.of(notebook, {"seed": 1}).lay_out(tmp_path / "out")[0]
-    ask = f"from ildlab.grid.work import run_point; print(run_point({str(point)!r}, {ildlab.__version__!r}))"
     with held(point):
-        second = subprocess.Popen([sys.executable, "-c", ask], stdout=subprocess.PIPE, text=True)
+        second = subprocess.Popen(asked_to_run(point), stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):
             second.wait(3)
         assert is_held(point)
@@ -268,14 +276,47 @@ def test_a_point_that_another_holds_waits_and_is_not_run_again(notebook, tmp_pat
     assert not (point / "run").exists()
 
 
-def test_a_kernel_left_over_keeps_its_point(notebook, tmp_path):
-    """The lock is the kernel's too: where a worker is gone, and its kernel not yet, nobody else begins."""
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc, and for Linux's way to die with a parent")
+def test_a_kernel_holds_its_point_and_dies_with_its_worker(notebook, tmp_path):
+    point = Plan.of(notebook, {"ticks": 1000}).lay_out(tmp_path / "out")[0]
+    worker = subprocess.Popen(asked_to_run(point))
+    try:
+        wait_for((log := point / "run" / "log").exists)
+        kernel = int(log.read_text().split()[0])
+        assert kernel != worker.pid
+        files = [os.readlink(file) for file in Path(f"/proc/{kernel}/fd").iterdir()]
+        assert str(point / "lock") in files  # so even one that lived on would keep its point
+        os.kill(kernel, signal.SIGSTOP)  # it cannot look for its parent by itself
+    finally:
+        worker.kill()
+        worker.wait()
+    wait_for(lambda: not is_held(point), 20)
+    table = load_grid(tmp_path / "out")
+    assert table["state"].tolist() == ["stopped"] and table["attempts"].tolist() == [1]
+
+
+class Task:
+    """A future that ended with an error, or was lost."""
+
+    def __init__(self, error=None):
+        self.status, self.exception = "error" if error else "cancelled", lambda: error
+
+
+def test_how_a_task_ended_is_told(notebook, tmp_path):
+    from distributed import KilledWorker
+
     point = Plan.of(notebook, {"seed": 1}).lay_out(tmp_path / "out")[0]
-    with held(point) as lock:
-        kernel = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock,))
-    assert is_held(point)
-    kernel.communicate(b"\n")
-    assert not is_held(point)
+    with pytest.raises(IldlabError, match="gave .* up .cancelled.: call again to go on"):
+        _settle(Task(), point)
+    with pytest.raises(IldlabError, match="could not run seed-1_.*ModuleNotFoundError: No module.* A worker needs"):
+        _settle(Task(ModuleNotFoundError("No module named 'ildlab'")), point)
+    assert state_of(point) == {"state": "waiting"}
+    killed = KilledWorker("a point", SimpleNamespace(address="tcp://there:1"), 3)
+    _settle(Task(killed), point)
+    assert state_of(point)["state"] == "failed" and state_of(point)["error"].startswith("KilledWorker: ")
+    write_state(point, {"state": "done"})
+    _settle(Task(killed), point)
+    assert state_of(point) == {"state": "done"}
 
 
 def test_the_figures_of_a_run_are_read_from_its_journal(tiny_folder, short_text, small_settings, tmp_path):

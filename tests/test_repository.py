@@ -65,6 +65,7 @@ def test_every_import_is_declared():
     allowed = {module_of.get(name, name) for name in declared} | {"ildlab", "IPython", *sys.stdlib_module_names}
     # What comes with a declared package as its own public parts.
     allowed |= {"huggingface_hub", "nbformat", "nbclient", "nbconvert", "traitlets", "tokenizers", "ipykernel"}
+    allowed |= {"jupyter_client"}
     # Benchmarks measure against rivals where a person has installed them, and borrow the tests' browser.
     benchmarking = {"liger_kernel", "optipfair", "trl", "tests"}
     for file in [*ROOT.glob("ildlab/**/*.py"), *ROOT.glob("benchmarks/*.py")]:

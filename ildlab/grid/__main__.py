@@ -46,10 +46,12 @@ def _grid(path: Path) -> Any:
 
 
 def _client(scheduler: str | None) -> Any:
+    if scheduler is None:
+        return nullcontext()
     from distributed import Client
 
     try:
-        return nullcontext() if scheduler is None else Client(scheduler, timeout=20)
+        return Client(scheduler, timeout=20)
     except (OSError, ValueError) as error:  # nobody answers; no address
         raise GridError(f"No scheduler at {scheduler}: {error}. Start one with `dask scheduler`.") from error
 

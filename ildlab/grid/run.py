@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -64,6 +65,8 @@ def run_grid_steps(
         at_least_one(GridError, workers=workers)
     if client is not None:
         _check(client, workers)
+    elif find_spec("distributed") is None:
+        raise GridError("A grid runs on dask: pip install 'ildlab[grid]'.")
     folders = Plan.of(notebook, grid).lay_out(out)
     for folder in folders if retry else ():
         _forget(folder)

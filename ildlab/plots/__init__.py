@@ -1,8 +1,8 @@
 """Figures: `LayerScores` and data frames in, a matplotlib Axes out.
 
 What is known of every layer goes to `layers` (the stack as a picture of its own), scores to `scores` (importance), hidden
-states to `states`, a run's tables to `curves` (losses, quality), a grid's to `facets`; these draw on a `canvas`, which also takes the figure
-out, as a picture in a notebook or a file.
+states to `states`, a run's tables to `curves` (losses, quality), a grid's to `facets`; these draw on a `canvas`, which also
+takes the figure out, as a picture in a notebook or a file.
 """
 
 import lazy_loader
