@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ildlab.errors import MeasureError, TextError
 from ildlab.importance import samples
+from ildlab.importance.agreement import rank_correlation
 from ildlab.importance.dispatch import measure, measure_steps
 from ildlab.importance.samples import Positions
 from ildlab.importance.scores import LayerScores
@@ -311,3 +312,23 @@ def test_one_host_sync_a_batch(small, tokens, metric, monkeypatch):
     assert many[1] - few[1] == 4  # the one copy of each batch
     # On the CPU the copy itself is none that the dispatcher sees; positions are drawn on the host, before.
     assert many[0] - few[0] == (PER_ROW * 8 if metric in ("taylor", "nll", "kl") else 0)
+
+
+def test_rank_correlation_of_two_texts():
+    rng = np.random.default_rng(0)
+    layers, truth = range(12), np.arange(12.0)
+
+    def scores(means, noise):
+        return LayerScores.from_samples("kl", "a", layers, means + rng.normal(0, noise, (40, 12)), np.ones(40))
+
+    value, low, high = rank_correlation(scores(truth, 0.1), scores(2 * truth, 0.1))
+    assert low <= value <= high <= 1.0 and value == pytest.approx(1)
+    value, low, high = rank_correlation(scores(truth, 0.1), scores(-truth, 0.1))
+    assert -1 <= low <= value and value == pytest.approx(-1) and high < -0.9
+    value, low, high = rank_correlation(scores(0 * truth, 1.0), scores(0 * truth, 1.0))
+    assert low < 0 < high and high - low > 0.5  # noise alone: it is not known
+    with pytest.raises(MeasureError, match="different students"):
+        rank_correlation(scores(truth, 1), LayerScores.from_samples("kl", "a", [0, 1], rng.random((4, 2)), np.ones(4)))
+    raced = LayerScores.from_samples("kl", "a", layers, np.full((4, 12), np.nan), np.ones(4))
+    with pytest.raises(MeasureError, match="without a race"):
+        rank_correlation(scores(truth, 1), raced)

@@ -118,7 +118,7 @@ def evaluate_steps(
 evaluate = blocking(evaluate_steps)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _text_steps(student, teacher, rows: Rows, batch_size: int) -> Work[dict[str, Any]]:
     """The figures of an `Evaluation` that text gives."""
     sums = np.zeros((len(rows.tokens), 5))  # per block: tokens; sums of NLL, the teacher's NLL, KL, same top token

@@ -81,7 +81,7 @@ class _Job:
         # Up to where teacher and student are one: one pass serves both.
         self.prefix = shared_prefix(student, teacher) if config.metric == "kl" else 0
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, picked: np.ndarray) -> Tensor:
         nll, size = self.config.metric == "nll", self.config.batch_size
         parts = [picked[i : i + size] for i in range(0, len(picked), size)]

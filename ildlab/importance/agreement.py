@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pandas as pd
 
 from ildlab.errors import MeasureError
 from ildlab.importance.scores import LayerScores
+from ildlab.stats import means, percentiles, ranks, resamples
 
 
 def rank_agreement(scores: dict[str, LayerScores], k: int = 5) -> pd.DataFrame:
@@ -39,3 +41,33 @@ def rank_agreement(scores: dict[str, LayerScores], k: int = 5) -> pd.DataFrame:
         for a, b in itertools.combinations(scores, 2)
     ]
     return pd.DataFrame(rows, columns=["a", "b", "spearman", "kendall", "top"])
+
+
+def rank_correlation(a: LayerScores, b: LayerScores) -> tuple[float, float, float]:
+    """Spearman's rank correlation of scores of the same layers on two texts, and its 95% interval.
+
+    The bounds are percentiles of a bootstrap that draws the sequences of both anew. Each draw is noisier than what was
+    measured, so that the interval lies somewhat low: what it says of a difference errs on the side of caution.
+
+    Raises
+    ------
+    MeasureError
+        They are of different layers, raced, or of one sequence.
+    """
+    if a.layer_ids != b.layer_ids:
+        raise MeasureError("The scores are of different students: measure both on the same layers.")
+    for each in (a, b):
+        if len(each.per_sequence) < 2 or np.isnan(each.per_sequence).any():
+            raise MeasureError(
+                f"{each.metric} on {each.source}: two sequences or more are needed, with every layer scored on each. "
+                "Measure without a race."
+            )
+    ranked = []
+    for seed, each in enumerate((a, b)):  # two seeds: their sequences have nothing to do with each other
+        drawn = means(resamples(len(each.per_sequence), seed, each.kinds), each.per_sequence, each.weights)
+        of = ranks(np.vstack([each.table["score"].to_numpy(), drawn]))  # [1 + draws, L]
+        ranked.append(of - of.mean(1, keepdims=True))
+    one, other = ranked
+    found = (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
+    low, high = percentiles(found[1:], (2.5, 97.5))
+    return float(found[0]), float(low), float(high)

@@ -132,7 +132,7 @@ def apart(before: Tensor, after: Tensor, metric: str) -> Tensor:
     return compare(make(before), make(after))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _pairwise(student: LayerStack, batches: list, metric: str) -> Tensor:
     """Values [rows, L] of the metrics that compare a layer's input with its output."""
     make, compare = _PAIRWISE[metric]
@@ -165,7 +165,7 @@ def _query_projections(student: LayerStack) -> list[nn.Linear]:
     return projections
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _lrp(student: LayerStack, batches: list) -> Tensor:
     """Values [rows, L] of the epsilon-rule relevance through the query projections."""
     trunks = [student.trunk(batch) for batch in batches]

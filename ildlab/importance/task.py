@@ -153,7 +153,7 @@ class TaskSweep:
             yield done, len(batches)
         self._take(part, chosen, alive)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run_batch(self, batch: Any, alive: Sequence[int]) -> None:
         student, final, found = self.student, [], {}
 

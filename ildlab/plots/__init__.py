@@ -7,7 +7,7 @@ takes the figure out, as a picture in a notebook or a file.
 
 import lazy_loader
 
-_CANVAS = "COLOURS TEXT cells contrast ink_on larger token_label legend new_axes new_figure save show to_html to_png"
+_CANVAS = "COLOURS TEXT cells contrast heatmap in_cell ink_on larger token_label legend new_axes new_figure save show to_html to_png"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
