@@ -26,6 +26,8 @@ def execute(path: Path, folder: Path | None = None) -> None:
     notebook = nbformat.read(path, 4)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as where:
         NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(where)}}).execute()
+        text = nbformat.writes(notebook).replace(f"{Path(where).resolve()}/", "")  # no path of this machine
+        notebook = nbformat.reads(text, 4)
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
