@@ -136,6 +136,25 @@ def test_tasks_are_scored_at_the_start_and_the_end_alone(make):
             session.run(**wrong, suite_each=False)
 
 
+def test_two_layers_on_one_measurement(make):
+    session = make(metric="block_influence")
+    session.run(3, distill=False, at_once=2)
+    acted = [step for step in session.steps if step.action in ("measure", "remove", "evaluate")]
+    actions = [step.action for step in acted]
+    assert actions == ["evaluate", "measure", "remove", "remove", "evaluate", "measure", "remove", "evaluate"]
+    first = session.scores_at(acted[1].step).ranking[:2]
+    removals = [step.args for step in session.steps if step.action == "remove"]
+    assert [each["layer_id"] for each in removals[:2]] == first and all(each["score"] is not None for each in removals)
+    with pytest.raises(SessionError, match="at_once=0"):
+        session.run(2, at_once=0)
+
+
+def test_a_loss_over_the_limit_undoes_all_that_went_on_one_measurement(make):
+    session = make(metric="block_influence")
+    session.run(max_loss=1e-9, distill=False, at_once=2)
+    assert len(session.student) == len(session.teacher)
+
+
 def test_a_run_made_when_distillation_had_one_stage_stays_what_it_was(make):
     session = make(distill={"learning_rate": 1e-3})
     session.run(5, distill=False, final={"tokens": 8 * 32, "local_tokens": 0})

@@ -58,14 +58,14 @@ def measure_steps(run: Run, metric: str | None = None, **options: Any) -> Work[L
 
 
 @reading(SessionError)
-def remove(run: Run, layer_id: int | None = None) -> int:
-    """Remove a layer and return its id, by default the least important one by `scores` that can go.
+def remove(run: Run, layer_id: int | None = None, *, scores: LayerScores | None = None) -> int:
+    """Remove a layer and return its id, by default the least important one by `scores` (the run's) that can go.
 
     A layer can go where the family's config can say what is left (`ildlab.model.twin`): else the checkpoint would be
     another model than the student.
     """
     with run.acting("remove a layer"):
-        scores, student = run.scores, run.student
+        scores, student = scores or run.scores, run.student
         if layer_id is None:
             if scores is None:
                 raise SessionError(
@@ -75,7 +75,7 @@ def remove(run: Run, layer_id: int | None = None) -> int:
             student.position(layer_id)
         if len(student) == 1:
             raise SessionError("The student has one layer left; it cannot be removed.")
-        layer_id = _that_can_go(student, scores.ranking if layer_id is None else [layer_id])
+        layer_id = _that_can_go(student, _by_rank(scores, student) if layer_id is None else [layer_id])
         known = scores is not None and layer_id in scores.table.index
         told = {"score": float(scores.table.loc[layer_id, "score"]) if known else None}
         told["metric"] = scores.metric if scores else None
@@ -88,6 +88,11 @@ def remove(run: Run, layer_id: int | None = None) -> int:
             run.restore()
             raise
     return layer_id
+
+
+def _by_rank(scores: LayerScores, student: LayerStack) -> list[int]:
+    """The student's layers by these scores, the least important first; some may be gone since they were taken."""
+    return [int(layer_id) for layer_id in scores.ranking if layer_id in student.layer_ids]
 
 
 def _that_can_go(student: LayerStack, layer_ids: Sequence[int]) -> int:

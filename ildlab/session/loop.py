@@ -33,9 +33,12 @@ class RunSettings:
     suite: str | None = None
     final: dict[str, Any] | None = None
     suite_each: bool = True
+    at_once: int = 1
 
     def __post_init__(self):
         read_fields(self, SessionError)
+        if self.at_once < 1:
+            raise SessionError(f"at_once={self.at_once}: at least one layer is removed on each measurement.")
         final = self.final and read_values(DistillConfig, self.final, DistillError)
         object.__setattr__(self, "final", final or None)
         object.__setattr__(self, "suite", in_suite(self.suite, whole))
@@ -59,6 +62,7 @@ def run_steps(
     suite: str | None = None,
     final: dict[str, Any] | None = None,
     suite_each: bool = True,
+    at_once: int = 1,
 ) -> Work[pd.DataFrame]:
     """The whole method, until one of the paper's stop rules holds; with neither given, it goes on as it was begun.
 
@@ -78,10 +82,15 @@ def run_steps(
         counted from all the layers that were removed, such as `{"tokens": 20_480, "local_tokens": 200_000}`.
     suite_each : bool
         Score suite, canaries and speed at the end of each iteration; False: only when `target_layers` is reached.
+    at_once : int
+        Layers that go on one measurement, the least important first. Less is measured, and a layer's neighbours are not
+        seen to matter more once it is gone.
 
     Returns `history()`.
     """
-    settings, resuming = _checked(run, RunSettings(target_layers, max_loss, distill, suite, final, suite_each))
+    settings, resuming = _checked(
+        run, RunSettings(target_layers, max_loss, distill, suite, final, suite_each, at_once)
+    )
     if resuming and _stopped_by_loss(run):
         return history_table(run)
     goal = settings.target_layers or 1
@@ -110,7 +119,9 @@ def run_steps(
 def _phase_steps(run: Run, settings: RunSettings, phase: str, label: str, place: tuple[int, int]) -> Work[None]:
     """Do one phase of an iteration."""
     if phase == "remove":
-        yield Progress(*place, f"{label}removed layer {actions.remove(run)}")
+        scores, most = run.scores, min(settings.at_once, len(run.student) - (settings.target_layers or 1))
+        gone = [actions.remove(run, scores=scores) for _ in range(most)]
+        yield Progress(*place, f"{label}removed layer{'s' * (most > 1)} {', '.join(map(str, gone))}")
         return
     # What decides is the student at the end of an iteration: tasks and speed are measured there.
     ends = phase == "evaluate" or not settings.distill
@@ -226,7 +237,9 @@ def _undo_if_over(run: Run, settings: RunSettings) -> bool:
     removals = [step for step in run.path if step.action == "remove" and step.step > _started(run)]
     if not removals:
         return False
-    before = run.journal.path_to(removals[-1].parent)
+    measured = max((step.step for step in run.path if step.action == "measure" and step.step < removals[-1].step), default=-1)
+    first = next(step for step in removals if step.step > measured)
+    before = run.journal.path_to(first.parent)
     good = [step for step in before if step.action not in ("measure", "run")][-1]
     actions.undo(run, good.step, reason="max_loss")
     return True
