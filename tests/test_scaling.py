@@ -28,7 +28,7 @@ def text():
 
 
 def counted(work, *stacks):
-    """Layer calls of some work, and operations of its products of matrices (attention's are no part of them on a CPU)."""
+    """Layer calls of some work, and operations of its products of matrices (without attention's, on a CPU)."""
     calls = []
     first = [next(m for m in layer.modules() if isinstance(m, nn.Linear)) for s in stacks for layer in s.layers]
     hooks = [each.register_forward_hook(lambda *_: calls.append(1)) for each in first]

@@ -74,10 +74,10 @@ def rank_correlation(a: LayerScores, b: LayerScores) -> tuple[float, float, floa
 
 
 def redundant_depth(scores: LayerScores, share: float = 0.25) -> tuple[float, float, float]:
-    """Mean relative depth (0: first layer, 1: last) of the least important `share` of the layers, and its 95% interval.
+    """Mean relative depth (0: first layer, 1: last) of the least important `share` of layers, and its 95% interval.
 
-    By chance it is 0.5, as it is where the middle goes first: `scores.ranking` tells the two apart. The bounds are percentiles
-    of a bootstrap over sequences; NaN where scores have none.
+    By chance it is 0.5, as it is where the middle goes first: `scores.ranking` tells the two apart. The bounds are
+    percentiles of a bootstrap over sequences; NaN where scores have none.
     """
     count = round(share * len(scores.layer_ids))
     if not 1 <= count < len(scores.layer_ids):

@@ -214,7 +214,7 @@ def profile_beside(scores: Any, published: pd.DataFrame, ax: Axes | None = None)
 
 
 def profiles(values: dict[str, Any], label: str, ax: Axes | None = None) -> Axes:
-    """Importance over relative depth (0: first layer, 1: last) of any number of models, each over its own median layer.
+    """Importance over relative depth (0: first layer, 1: last) of many models, each over its own median layer.
 
     Parameters
     ----------

@@ -1,7 +1,7 @@
 """What the method costs on a model of any size, counted on paper: layer calls, operations, bytes, memory.
 
-A product of matrices is two operations for each weight and token; normalisation, activation functions and softmax are left out
-(some 1 %). `notebooks/batch/scaling.ipynb` holds these counts against those of SmolLM2 as it runs.
+A product of matrices is two operations for each weight and token; normalisation, activation functions and softmax
+are left out. `notebooks/batch/scaling.ipynb` holds these counts against those of SmolLM2 as it runs.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Cost:
 def measuring(shape: ModelShape, way: str, tokens: int, block: int, rows: int, positions: int | None = None) -> Cost:
     """Cost of measuring every layer once on `tokens` tokens, in batches of `rows` blocks.
 
-    `way` is "one pass" (Block Influence), "sweep" (`kl` or `nll`, trunk-shared) or "separate runs" (the model without each
-    layer in turn, as by hand). `positions` of each block are scored; None is all.
+    `way` is "one pass" (Block Influence), "sweep" (`kl` or `nll`, trunk-shared) or "separate runs" (the model without
+    each layer in turn, as by hand). `positions` of each block are scored; None is all.
     """
     if way not in WAYS:
         raise SessionError(f"way={way!r}: choose from {', '.join(map(repr, WAYS))}.")
@@ -120,11 +120,12 @@ def distilling(
     local: bool = False,
     positions: int | None = None,
 ) -> Cost:
-    """Cost of distilling a student without the layers `removed`, on `tokens` tokens: the joint stage, or the `local` one.
+    """Cost of distilling a student without the layers `removed`, on `tokens` tokens: the joint or the `local` stage.
 
-    What teacher and student share below the lowest layer that was removed or trains runs once. A trained layer's backward pass
-    is twice its forward pass; through a frozen one above, its products cost once and its attention twice. To the local stage
-    belong two looks at the KL of a batch, before it and after it.
+    What teacher and student share below the lowest layer that was removed or trains runs once. A trained layer's
+    backward pass is twice its forward pass; through a frozen one above, products cost once and attention twice. To the
+    local stage belong two looks at the KL of a batch, before it and after it. In a second pass over the same text the
+    library saves what lies below the lowest trained layer: that is not reckoned with.
     """
     ids = [i for i in range(shape.layers) if i not in removed]
     trained = shape.trained(removed, scope)
