@@ -75,6 +75,7 @@ FIGURES = {
     "logit_lens_map": lambda ax: plots.logit_lens_map(lens(), ax=ax),
     "metric_scatter": lambda ax: plots.metric_scatter(scores([3, 1, 2]), scores([1, 2, 3], "nll"), ax=ax),
     "profile_beside": lambda ax: plots.profile_beside(scores([0.5, 0.1, 0.2]), PUBLISHED, ax=ax),
+    "profiles": lambda ax: plots.profiles({"a": scores([3, 1, 2]), "b": scores([4, 1, 2, 2])}, "KL", ax=ax),
 }
 
 
@@ -181,6 +182,15 @@ def test_scatter_gives_spearman_ids_and_marks_the_least():
     assert "cosine" in ax.get_xlabel() and "NLL" in ax.get_ylabel()
     with pytest.raises(ValueError, match="fewer than 2"):
         plots.metric_scatter(a, scores([2.0, 1.0], "nll", [7, 8]))
+
+
+def test_profiles_of_any_number_of_models():
+    own = {f"m{k}": scores([4.0, 2.0, 1.0, 3.0], layer_ids=[0, 1, 5, 7]) for k in range(5)}
+    ax = plots.profiles(own | {"published": pd.Series([1.0, 3.0, 5.0])}, "Block Influence")
+    looks = {(line.get_color(), line.get_marker()) for line in ax.lines[:6]}
+    assert len(looks) == 6 and ax.lines[0].get_ydata().tolist() == [1.6, 0.8, 0.4, 1.2]
+    assert ax.lines[0].get_xdata().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert [t.get_text() for t in ax.texts] == ["least: 5"] * 5 + ["least: 0"]
 
 
 def test_profiles_lie_on_relative_depth():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ildlab.errors import MeasureError, TextError
 from ildlab.importance import samples
-from ildlab.importance.agreement import rank_correlation
+from ildlab.importance.agreement import rank_correlation, redundant_depth
 from ildlab.importance.dispatch import measure, measure_steps
 from ildlab.importance.samples import Positions
 from ildlab.importance.scores import LayerScores
@@ -332,3 +332,19 @@ def test_rank_correlation_of_two_texts():
     raced = LayerScores.from_samples("kl", "a", layers, np.full((4, 12), np.nan), np.ones(4))
     with pytest.raises(MeasureError, match="without a race"):
         rank_correlation(scores(truth, 1), raced)
+
+
+def test_redundant_depth_says_where_the_least_layers_lie():
+    def scores(means, noise=0.0, n=8):
+        values = np.asarray(means, float) + np.random.default_rng(0).normal(0, noise, (n, len(means)))
+        return LayerScores.from_samples("kl", "a", range(5, 5 + len(means)), values, np.ones(n))
+
+    middle = [9, 8, 7, 1, 0, 7, 8, 9]
+    assert redundant_depth(scores(middle)) == pytest.approx((0.5, 0.5, 0.5))
+    assert redundant_depth(scores(range(8)))[0] == pytest.approx(0.5 / 7)
+    value, low, high = redundant_depth(scores([1.0] * 8, 1.0))
+    assert 0 <= low < value < high <= 1 and high - low > 0.2
+    exact = LayerScores.exact("magnitude", "weights", range(8), middle)
+    assert redundant_depth(exact)[0] == 0.5 and np.isnan(redundant_depth(exact)[1:]).all()
+    with pytest.raises(MeasureError, match="of 8 layers that is 0"):
+        redundant_depth(scores(middle), share=0.05)

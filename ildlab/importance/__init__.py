@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "scores": ["LayerScores"],
         "dispatch": ["measure", "measure_steps"],
         "config": ["MeasureConfig", "options_of"],
-        "agreement": ["rank_agreement", "rank_correlation"],
+        "agreement": ["rank_agreement", "rank_correlation", "redundant_depth"],
         "hidden_states": [
             "block_distances",
             *(

@@ -71,3 +71,27 @@ def rank_correlation(a: LayerScores, b: LayerScores) -> tuple[float, float, floa
     found = (one * other).sum(1) / np.sqrt((one**2).sum(1) * (other**2).sum(1))
     low, high = percentiles(found[1:], (2.5, 97.5))
     return float(found[0]), float(low), float(high)
+
+
+def redundant_depth(scores: LayerScores, share: float = 0.25) -> tuple[float, float, float]:
+    """Mean relative depth (0: first layer, 1: last) of the least important `share` of layers, and its 95% interval.
+
+    By chance it is 0.5, as it is where the middle goes first: `scores.ranking` tells the two apart. The bounds are
+    percentiles of a bootstrap over sequences; NaN where scores have none.
+    """
+    count = round(share * len(scores.layer_ids))
+    if not 1 <= count < len(scores.layer_ids):
+        raise MeasureError(
+            f"share={share}: of {len(scores.layer_ids)} layers that is {count}; take some, and not all."
+        )
+    depth = np.linspace(0, 1, len(scores.layer_ids))
+
+    def of(values: np.ndarray) -> np.ndarray:  # [n, L] -> [n]
+        return depth[np.argsort(values, axis=-1)[:, :count]].mean(-1)
+
+    value = float(of(scores.table["score"].to_numpy()[None])[0])
+    if len(scores.per_sequence) < 2 or np.isnan(scores.per_sequence).any():
+        return value, np.nan, np.nan
+    drawn = means(resamples(len(scores.per_sequence), 0, scores.kinds), scores.per_sequence, scores.weights)
+    low, high = percentiles(of(drawn), (2.5, 97.5))
+    return value, float(low), float(high)

@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "canvas": _CANVAS.split(),
         "layers": ["stack"],
-        "scores": "importance importance_by_iteration importance_by_kind metric_scatter profile_beside".split(),
+        "scores": "importance importance_by_iteration importance_by_kind metric_scatter profile_beside profiles".split(),
         "states": ["redundancy_heatmap", "block_triangle", "drift_by_layer", "token_drift_map", "logit_lens_map"],
         "curves": ["loss_curves", "quality", "task_bars", "methods", "task_panels", "branches"],
         "facets": ["grid"],

@@ -16,6 +16,8 @@ from ildlab.errors import PlotError
 from ildlab.plots.canvas import (
     ABOVE,
     BLUE,
+    COLOURS,
+    DASHES,
     LINE,
     TEXT,
     VERMILLION,
@@ -207,5 +209,32 @@ def profile_beside(scores: Any, published: pd.DataFrame, ax: Axes | None = None)
     ax.margins(y=0.15)
     ax.set_xlabel("relative depth (0: first layer, 1: last layer)")
     ax.set_ylabel(label_of("block_influence"))
+    legend(ax, **ABOVE, ncols=2)
+    return ax
+
+
+def profiles(values: dict[str, Any], label: str, ax: Axes | None = None) -> Axes:
+    """Importance over relative depth (0: first layer, 1: last) of many models, each over its own median layer.
+
+    Parameters
+    ----------
+    values : dict
+        Name of a model -> `LayerScores`, or a Series by layer id: the layers that it has, bottom first.
+    label : str
+        What was measured.
+    """
+    ax = new_axes(ax, 8.5, 4.2)
+    for k, (name, each) in enumerate(values.items()):
+        own = each if isinstance(each, pd.Series) else each.table["score"]
+        x, y = np.linspace(0, 1, len(own)), own.to_numpy(float) / own.median()
+        look = {"color": COLOURS[k % len(COLOURS)], "marker": "osv^DP"[k % 6], "markersize": 4}
+        ax.plot(x, y, DASHES[k % len(DASHES)], label=f"{name}, {len(own)} layers", **look)
+        least = int(y.argmin())
+        note(ax, f"least: {own.index[least]}", (x[least], y[least]), (0, -6), ha="center", va="top")
+    ax.axhline(1, color=TEXT, linewidth=0.8)
+    ax.set_yscale("log")
+    ax.margins(y=0.12)
+    ax.set_xlabel("relative depth (0: first layer, 1: last layer)")
+    ax.set_ylabel(f"{label}, over the median layer")
     legend(ax, **ABOVE, ncols=2)
     return ax
