@@ -4,7 +4,7 @@
 student and journal together; `opening` begins one, or goes on with it.
 On a `Run` act `actions` (measure, remove, distill, evaluate, undo) and `loop`, which chains them; `tables`,
 `story`, `picture`, `forecast` and `diagnosis` read the journal, `standing` a distillation that was interrupted; `export` writes the student, and `doctor` proves it. `session` is the face of all that,
-`whatif` tries layers off, `methods` compares whole runs.
+`whatif` tries layers off, `methods` compares whole runs, `report` makes pages of them.
 """
 
 import lazy_loader
@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "tables": ["history_table", "losses_table", "scored_models", "task_table"],
         "whatif": ["WhatIf", "what_if_steps"],
         "diagnosis": ["diagnose"],
-        "methods": ["METHODS", "compare_steps", "published_curves", "task_columns"],
+        "report": ["Lead", "write_index", "write_report"],
+        "methods": ["METHODS", "Method", "compare_steps", "published_curves", "task_columns"],
     },
 )
