@@ -15,7 +15,7 @@ from ildlab.importance.dispatch import measure, measure_steps
 from ildlab.importance.samples import Positions
 from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
-from ildlab.stats import resamples
+from ildlab.stats import over_runs, resamples
 from ildlab.text.rows import Rows
 
 
@@ -332,3 +332,13 @@ def test_rank_correlation_of_two_texts():
     raced = LayerScores.from_samples("kl", "a", layers, np.full((4, 12), np.nan), np.ones(4))
     with pytest.raises(MeasureError, match="without a race"):
         rank_correlation(scores(truth, 1), raced)
+
+
+def test_an_interval_over_a_few_runs_is_students():
+    from scipy import stats
+
+    x = [1.0, 2.0, 4.0]
+    want = stats.t.interval(0.95, 2, loc=np.mean(x), scale=stats.sem(x))
+    assert over_runs(x) == pytest.approx((np.mean(x), *want))
+    mean, low, high = over_runs([3.0])
+    assert mean == 3 and np.isnan([low, high]).all()
