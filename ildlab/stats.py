@@ -86,6 +86,15 @@ def interval(
     return estimate + (low - estimate) * wider, estimate + (high - estimate) * wider
 
 
+def over_runs(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean of a few runs (seeds, say) and its bounds by Student's t; the bounds are NaN for one run."""
+    x = np.asarray(values, float)
+    if len(x) < 2:
+        return float(x.mean()), math.nan, math.nan
+    reach = t_quantile((1 + confidence) / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return float(x.mean()), float(x.mean() - reach), float(x.mean() + reach)
+
+
 def ranks(x: np.ndarray) -> np.ndarray:
     """Ranks within each row of x [n, L] (or of x [L]); ties share their mean rank."""
     from scipy.stats import rankdata

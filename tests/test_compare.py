@@ -11,7 +11,7 @@ from ildlab.evaluate.suites import load_suite
 from ildlab.model.load import LoadedModel
 from ildlab.plots import curves as plots_curves
 from ildlab.progress import drive
-from ildlab.session.methods import METHODS, compare_steps, curve, published_curves, task_columns
+from ildlab.session.methods import METHODS, Method, compare_steps, curve, published_curves, task_columns
 from ildlab.session.session import PruningSession
 
 pytestmark = pytest.mark.usefixtures("short_speed")
@@ -164,3 +164,28 @@ def test_bad_input(loaded, tmp_path):
         drive(compare_steps(tmp_path, loaded, methods=["magic"]))
     with pytest.raises(SessionError, match="remove=4 of 4"):
         drive(compare_steps(tmp_path, loaded, remove=4))
+
+
+def test_methods_of_ones_own_share_a_budget_of_tokens(loaded, text_file, tmp_path):
+    """Measured, and distilled, after every second removal; and all at once; at the same tokens."""
+    methods = {
+        "second": Method("every second", True, True, True, distill_every=2, measure_every=2, race=True),
+        "once": Method("all at once", True, True, True, distill_every=3, measure_every=3),
+    }
+    settings = {"text": str(text_file), **SETTINGS, "train_tokens": 512, "evaluate_every": 3, "share_tokens": True}
+    distill = {"batch_size": 2, "tokens": 96, "local_tokens": 192}
+    table = drive(compare_steps(tmp_path, loaded, remove=3, methods=methods, distill=distill, **settings))
+    ends = table[table["layers_removed"] == 3].set_index("method")
+    assert list(ends["distill_tokens"]) == [288, 288]
+    assert (ends["distill_seconds"] > 0).all() and {"loss_low", "loss_high"} <= set(ends)
+    with PruningSession.open(tmp_path / "second", loaded) as session:
+        steps = [s for s in session.path if s.action in ("measure", "remove", "distill")]
+        assert [s.action[0] for s in steps] == list("mrrdmrd")
+        assert [s.result["tokens"] for s in steps if s.action == "distill"] == [192, 96]
+        first = session.scores_at(steps[0].step)
+        assert session.removed[:2] == first.ranking[:2]
+        assert session.config.measure == {"race": True}
+        passes = [session.scores_at(s.step).details["layer_passes"] for s in steps if s.action == "measure"]
+        assert ends["layer_passes"]["second"] == sum(passes) > 0
+    with PruningSession.open(tmp_path / "once", loaded) as session:
+        assert [s.action[0] for s in session.path if s.action in ("measure", "remove", "distill")] == list("mrrrd")

@@ -116,7 +116,7 @@ def test_files_and_functions_are_short():
 
 def test_the_library_is_thin():
     lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py"))
-    assert lines <= 16_300
+    assert lines <= 16_600
 
 
 def test_each_room_says_what_happens_inside():

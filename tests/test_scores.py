@@ -15,7 +15,7 @@ from ildlab.importance.dispatch import measure, measure_steps
 from ildlab.importance.samples import Positions
 from ildlab.importance.scores import LayerScores
 from ildlab.model.stack import LayerStack
-from ildlab.stats import resamples
+from ildlab.stats import over_runs, resamples
 from ildlab.text.rows import Rows
 
 
@@ -348,3 +348,13 @@ def test_redundant_depth_says_where_the_least_layers_lie():
     assert redundant_depth(exact)[0] == 0.5 and np.isnan(redundant_depth(exact)[1:]).all()
     with pytest.raises(MeasureError, match="of 8 layers that is 0"):
         redundant_depth(scores(middle), share=0.05)
+
+
+def test_an_interval_over_a_few_runs_is_students():
+    from scipy import stats
+
+    x = [1.0, 2.0, 4.0]
+    want = stats.t.interval(0.95, 2, loc=np.mean(x), scale=stats.sem(x))
+    assert over_runs(x) == pytest.approx((np.mean(x), *want))
+    mean, low, high = over_runs([3.0])
+    assert mean == 3 and np.isnan([low, high]).all()

@@ -14,6 +14,7 @@ from pathlib import Path
 from ildlab import errors
 from ildlab.errors import IldlabError
 from ildlab.grid.points import read_as
+from ildlab.session.report import write_report
 
 
 def notebooks_dir() -> Path:
@@ -38,7 +39,6 @@ def main(arguments: list[str] | None = None) -> Path:
     """Run the demo. Arguments `name=value` override parameters of the notebook; `preset=NAME` takes another preset."""
     import papermill
     import yaml
-    from nbconvert import HTMLExporter
 
     batch = notebooks_dir() / "batch"
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -79,9 +79,7 @@ def main(arguments: list[str] | None = None) -> Path:
         if not hasattr(errors, error.ename):
             raise
         raise IldlabError(error.evalue) from error
-    html, _ = HTMLExporter().from_filename(str(report))
-    page = folder / "report.html"
-    page.write_text(html, encoding="utf-8")
+    page = write_report(folder, report)
     report = report.rename(folder / "report.ipynb")
     reports.rmdir()
     checkpoint = next(iter(sorted(folder.glob("checkpoint-*-layers"))), None)

@@ -4,7 +4,8 @@
 student and journal together; `opening` begins one, or goes on with it.
 On a `Run` act `actions` (measure, remove, distill, evaluate, undo) and `loop`, which chains them; `tables`,
 `story`, `picture`, `forecast` and `diagnosis` read the journal, `standing` a distillation that was interrupted; `export` writes the student, and `doctor` proves it. `session` is the face of all that,
-`whatif` tries layers off, `methods` compares whole runs, `scaling` counts what one would cost on a model of any size.
+`whatif` tries layers off, `methods` compares whole runs, `report` makes pages of them, `scaling` counts what one would
+cost on a model of any size.
 """
 
 import lazy_loader
@@ -19,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "whatif": ["WhatIf", "what_if_steps"],
         "diagnosis": ["diagnose"],
         "scaling": ["Cost", "ModelShape", "distilling", "measuring", "memory"],
-        "methods": ["METHODS", "compare_steps", "published_curves", "task_columns"],
+        "report": ["Lead", "write_index", "write_report"],
+        "methods": ["METHODS", "Method", "compare_steps", "published_curves", "task_columns"],
     },
 )

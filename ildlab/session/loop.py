@@ -237,7 +237,9 @@ def _undo_if_over(run: Run, settings: RunSettings) -> bool:
     removals = [step for step in run.path if step.action == "remove" and step.step > _started(run)]
     if not removals:
         return False
-    measured = max((step.step for step in run.path if step.action == "measure" and step.step < removals[-1].step), default=-1)
+    measured = max(
+        (step.step for step in run.path if step.action == "measure" and step.step < removals[-1].step), default=-1
+    )
     first = next(step for step in removals if step.step > measured)
     before = run.journal.path_to(first.parent)
     good = [step for step in before if step.action not in ("measure", "run")][-1]

@@ -7,13 +7,14 @@ carry the names of the published curves (`data/published/qwen2.5-3b_aggregate_cu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from ildlab.distill.config import DistillConfig
 from ildlab.errors import SessionError
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.results import SuiteResult
@@ -32,7 +33,10 @@ class Method:
     label: str
     ablation: bool  # choose layers by ablation; else by Block Influence
     iterative: bool  # measure again before every removal; else once, on the teacher
-    distill: bool  # after every removal
+    distill: bool  # after every removal, or after so many:
+    distill_every: int = 1
+    measure_every: int = 1  # removals by one measurement, where it is iterative
+    race: bool | None = None  # where it is not as `ablation_options` have it
 
 
 METHODS = {
@@ -50,10 +54,11 @@ def compare_steps(
     *,
     remove: int = 8,
     suite: str = "mini7",
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | Mapping[str, Method] = tuple(METHODS),
     evaluate_every: int = 1,
     ablation: str = "kl",
     ablation_options: dict[str, Any] | None = None,
+    share_tokens: bool = False,
     **settings: Any,
 ) -> Work[pd.DataFrame]:
     """Run the methods one after another, each from where its journal stands.
@@ -66,11 +71,14 @@ def compare_steps(
         Layers to remove, and removals between two points of a curve (the last is always one).
     suite : str
         Whose aggregate is the curve.
-    methods : sequence of str
-        Keys of `METHODS`.
+    methods : sequence of str, or mapping of str to Method
+        Keys of `METHODS`, or methods of your own by the names of their folders.
     ablation, ablation_options : str, dict
         Metric of the ablation methods, `"kl"`, `"nll"`, or `"task"` (the paper's: the suite itself), and arguments of
         `measure`, such as `{"race": True}`; with `"task"` also another `"suite"` than the curve's, such as a part of it.
+    share_tokens : bool
+        Tokens to distill on (`tokens` and `local_tokens` of `distill`) are a whole run's: each distillation takes the share of
+        the removals since the one before, so that methods that distill more or less often see as many in all.
     **settings
         Fields of `SessionConfig`: text, tokens, distill, seed, ...
 
@@ -79,9 +87,10 @@ def compare_steps(
     DataFrame
         The methods' curves, as of `curve`; so far as it goes, it is the `partial` of each `Progress`.
     """
-    unknown = [name for name in methods if name not in METHODS]
+    unknown = [name for name in methods if not isinstance(methods, Mapping) and name not in METHODS]
     if unknown:
         raise SessionError(f"Unknown method {', '.join(unknown)}. There are: {', '.join(METHODS)}.")
+    methods = methods if isinstance(methods, Mapping) else {name: METHODS[name] for name in methods}
     depth = teacher.model.config.get_text_config().num_hidden_layers
     if not 1 <= remove < depth or evaluate_every < 1:
         raise SessionError(
@@ -89,15 +98,15 @@ def compare_steps(
         )
     folder, parts, table = Path(folder).expanduser().absolute(), [], None
     skip = _rows_that_chose(ablation, ablation_options or {}, suite)
-    for number, name in enumerate(methods):
-        method = METHODS[name]
+    for number, (name, method) in enumerate(methods.items()):
         metric, options = (ablation, ablation_options or {}) if method.ablation else ("block_influence", {})
+        options = options if method.race is None else {**options, "race": method.race}
         if metric == "task":
             options = {"suite": suite, **options}
         wanted = {"metric": metric, "measure": options, "suite": suite, **settings}
         with PruningSession.resume(folder / name, teacher, **wanted) as session:
             known = 0
-            for progress in _advance(session, method, remove, evaluate_every, folder / "suites"):
+            for progress in _advance(session, method, remove, evaluate_every, share_tokens, folder / "suites"):
                 if known < len(session.steps):  # a curve costs a bootstrap: drawn where a step is new
                     known, table = len(session.steps), pd.concat([*parts, curve(session, name, skip)])
                 done = number * remove + len(session.removed)
@@ -106,27 +115,39 @@ def compare_steps(
     return pd.concat(parts, ignore_index=True)
 
 
-def _advance(session: PruningSession, method: Method, remove: int, every: int, cache: Path) -> Work[None]:
+def _advance(session: PruningSession, method: Method, remove: int, every: int, share: bool, cache: Path) -> Work[None]:
     """Do what a run lacks, step by step, judging by its journal alone."""
     while True:
         gone = len(session.removed)
         # A distillation that was stopped part-way is no whole one: it is done again.
         done = [step.action for step in session.path if step.whole]
         since = done[len(done) - done[::-1].index("remove") :] if gone else done
-        if gone and method.distill and "distill" not in since:
-            yield from relabel(session.distill_steps(), f"distilling after removal {gone} of {remove}, ")
+        healed = gone % method.distill_every or method.distill_every  # removals that this distillation is for
+        if gone and method.distill and (healed == method.distill_every or gone == remove) and "distill" not in since:
+            tokens = _share_of(session, healed / remove) if share else {}
+            work = session.distill_steps(**tokens)
+            yield from relabel(work, f"distilling after removal {gone} of {remove}, ")
         elif (gone % every == 0 or gone == remove) and "evaluate" not in since:
             work = session.evaluate_steps(speed=False, cache=cache)
             yield from relabel(work, f"evaluating at {gone} removed, ")
         elif gone >= remove:
             return
-        elif "measure" not in (since if method.iterative else done):
+        elif "measure" not in done or (
+            method.iterative and gone % method.measure_every == 0 and "measure" not in since
+        ):
             yield from relabel(session.measure_steps(), f"measuring for removal {gone + 1}, ")
-        elif method.iterative:
+        elif "measure" in since:
             session.remove()
-        else:  # by the scores of the whole teacher
-            first = next(step.step for step in session.path if step.action == "measure")
-            session.remove(next(i for i in session.scores_at(first).ranking if i not in session.removed))
+        else:  # by the scores of an earlier student: where it is not iterative, of the whole teacher
+            last = max(step.step for step in session.path if step.action == "measure")
+            session.remove(next(i for i in session.scores_at(last).ranking if i not in session.removed))
+
+
+def _share_of(session: PruningSession, part: float) -> dict[str, int]:
+    """Tokens of one of a run's distillations, where those of the config are of all."""
+    config, one_pass = DistillConfig.from_dict(session.config.distill), session.config.train_tokens
+    asked = {"tokens": config.tokens, "local_tokens": config.local_tokens}
+    return {name: round(part * (one_pass if value is None else value)) for name, value in asked.items()}
 
 
 def _rows_that_chose(ablation: str, options: dict[str, Any], suite: str) -> int:
@@ -143,12 +164,19 @@ def curve(run: Run, name: str, skip: int = 0) -> pd.DataFrame:
     -------
     DataFrame
         `method` (the name), `layers_removed`, `share_removed`, `aggregate` with `low` and `high`, `aggregate_rest` (of
-        the rows by which nothing was chosen; NaN where there are none), `corrected`, `quality_loss`, `perplexity`, `kl`,
-        `parameters`, and a column for each task and each canary (`canary_<name>`).
+        the rows by which nothing was chosen; NaN where there are none), `corrected`, `quality_loss` with `loss_low` and
+        `loss_high`, `perplexity`, `kl`, what it had cost by then (`measure_seconds`, `layer_passes` of a batch, NaN where a
+        metric does not count them, `distill_seconds`, `distill_tokens`), `parameters`, and a column for each task and each canary (`canary_<name>`).
     """
     rows, removed = [], 0
+    spent = {"measure_seconds": 0.0, "layer_passes": 0, "distill_seconds": 0.0, "distill_tokens": 0}
     for step in run.path:
         removed += step.action == "remove"
+        if step.action in ("measure", "distill"):
+            spent[f"{step.action}_seconds"] += step.seconds
+        if step.action == "measure":
+            spent["layer_passes"] += run.scores_at(step.step).details.get("layer_passes", math.nan)
+        spent["distill_tokens"] += step.result.get("tokens", 0) if step.action == "distill" else 0
         if step.action != "evaluate" or step.args["suite"] is None:
             continue
         found = Evaluation.from_dict(step.result["evaluation"])
@@ -156,7 +184,9 @@ def curve(run: Run, name: str, skip: int = 0) -> pd.DataFrame:
         row = {"method": name, "layers_removed": removed, "share_removed": removed / found.teacher_layers}
         row |= {"aggregate": interval.value, "low": interval.low, "high": interval.high}
         row |= {"aggregate_rest": _rest(found.suite, skip), "corrected": found.suite.aggregate_corrected}
-        row |= {"quality_loss": found.loss, "perplexity": found.perplexity, "kl": found.kl}
+        lost = found.quality_loss_estimate()
+        row |= {"quality_loss": lost.value, "loss_low": lost.low, "loss_high": lost.high}
+        row |= {"perplexity": found.perplexity, "kl": found.kl, **spent}
         row |= {"parameters": found.parameters} | {task.name: task.score for task in found.suite.tasks.values()}
         rows.append(row | canary_scores(found))
     return pd.DataFrame(rows)
