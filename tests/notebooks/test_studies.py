@@ -94,6 +94,7 @@ def test_bad_parameters_are_refused_in_words(tmp_path, tiny_folder, text_file, n
         run(name, tmp_path, tiny_folder, text_file, **bad)
 
 
+LOSSES_AND_PASSES = ("ablate_losses", "loss_scale", "single_pass_vs_iterative", "cost_benefit")
 PRESETS = sorted((BATCH / "presets").glob("*/*.yaml"))
 
 
@@ -101,15 +102,16 @@ PRESETS = sorted((BATCH / "presets").glob("*/*.yaml"))
 def test_a_preset_sets_parameters_of_its_notebook(path):
     known = papermill.inspect_notebook(str(BATCH / f"{path.parent.name}.ipynb"))
     values = read_as(known, yaml.safe_load(path.read_text()))  # refuses a name or a value that the notebook would
-    if path.parent.name == "iterate":
+    if "distill" in values:
         DistillConfig.from_dict(values["distill"])
+    if path.parent.name == "iterate":
         SessionConfig.of("smollm2-135m", {k: v for k, v in values.items() if k in SessionConfig.__dataclass_fields__})
     if "shapes" in values:
         (shape,) = (ModelShape.gated(**each) for each in values["shapes"].values())
         assert round(shape.weights / 1e9, 1) == {"qwen2.5-3b": 3.1, "llama-2-7b": 6.7, "mistral-7b": 7.2}[path.stem]
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "iterate"])
+@pytest.mark.parametrize("name", [*STUDIES, *LOSSES_AND_PASSES, "iterate"])
 def test_every_study_has_a_preset_for_the_paper_s_model_and_two_more(name):
     there = {path.stem for path in PRESETS if path.parent.name == name}
     assert {"qwen2.5-3b", "llama-2-7b", "mistral-7b"} <= there
