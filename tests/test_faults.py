@@ -305,7 +305,8 @@ work(base / "warm")
 started = time.perf_counter()
 work(base / "unbroken")
 whole, number, killed, draw = time.perf_counter() - started, 0, [], random.Random(0)
-while len(killed) < 40:
+# On a busy machine one phase may take most of the blows: then it goes on until several had theirs.
+while len(killed) < 40 or (len(set(killed)) < 6 and len(killed) < 120):
     child = os.fork()
     if not child:
         work(base / f"run{number}")
@@ -332,7 +333,7 @@ def test_killed_at_forty_moments_it_ends_as_one_that_was_left_alone(
     done = subprocess.run([sys.executable, "-c", KILLS, told], capture_output=True, text=True, env=env, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     runs, killed = json.loads(done.stdout.splitlines()[-1])
-    assert len(killed) == 40 and len(set(killed)) >= 6  # in many phases: the lines of the journal tell
+    assert len(killed) >= 40 and len(set(killed)) >= 6  # in many phases: the lines of the journal tell
     want = outcome(tmp_path, "unbroken", loaded_tiny)
     for number in range(runs):
         assert outcome(tmp_path, f"run{number}", loaded_tiny) == want
