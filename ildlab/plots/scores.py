@@ -197,20 +197,24 @@ def profile_beside(scores: Any, published: pd.DataFrame, ax: Axes | None = None)
     own = scores.table["score"]
     theirs = published.set_index("layer_id")["block_influence"].sort_index()
     ax = new_axes(ax, 7.5, 3.6)
-    looks = ((own, "this model", BLUE, "-", "o"), (theirs, "published", VERMILLION, "--", "s"))
-    for values, name, colour, dash, marker in looks:
+    for values, name, *look in ((own, "this model", BLUE, "-", "o"), (theirs, "published", VERMILLION, "--", "s")):
         depth = int(values.index.max()) + 1
-        x = values.index.to_numpy(float) / max(depth - 1, 1)
-        ax.plot(x, values, dash, color=colour, marker=marker, markersize=4, label=f"{name}, {depth} layers")
-        at = values.idxmin()
-        note(ax, f"least: {at}", (at / max(depth - 1, 1), values[at]), (0, -6), ha="center", va="top")
+        at = values.index.to_numpy(float) / max(depth - 1, 1)
+        _over_depth(ax, at, values, f"{name}, {depth} layers", *look)
     if spread_out(np.r_[own, theirs]):
         ax.set_yscale("log")
     ax.margins(y=0.15)
-    ax.set_xlabel("relative depth (0: first layer, 1: last layer)")
     ax.set_ylabel(label_of("block_influence"))
     legend(ax, **ABOVE, ncols=2)
     return ax
+
+
+def _over_depth(ax: Axes, at: np.ndarray, values: pd.Series, label: str, colour: str, dash: str, marker: str) -> None:
+    """A line of values by layer id over relative depths `at`, and the name of its least layer."""
+    ax.plot(at, values, dash, color=colour, marker=marker, markersize=4, label=label)
+    least = int(values.to_numpy().argmin())
+    note(ax, f"least: {values.index[least]}", (at[least], values.iloc[least]), (0, -6), ha="center", va="top")
+    ax.set_xlabel("relative depth (0: first layer, 1: last layer)")
 
 
 def profiles(values: dict[str, Any], label: str, ax: Axes | None = None) -> Axes:
@@ -226,15 +230,11 @@ def profiles(values: dict[str, Any], label: str, ax: Axes | None = None) -> Axes
     ax = new_axes(ax, 8.5, 4.2)
     for k, (name, each) in enumerate(values.items()):
         own = each if isinstance(each, pd.Series) else each.table["score"]
-        x, y = np.linspace(0, 1, len(own)), own.to_numpy(float) / own.median()
-        look = {"color": COLOURS[k % len(COLOURS)], "marker": "osv^DP"[k % 6], "markersize": 4}
-        ax.plot(x, y, DASHES[k % len(DASHES)], label=f"{name}, {len(own)} layers", **look)
-        least = int(y.argmin())
-        note(ax, f"least: {own.index[least]}", (x[least], y[least]), (0, -6), ha="center", va="top")
+        look = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)], "osv^DP"[k % 6]
+        _over_depth(ax, np.linspace(0, 1, len(own)), own / own.median(), f"{name}, {len(own)} layers", *look)
     ax.axhline(1, color=TEXT, linewidth=0.8)
     ax.set_yscale("log")
     ax.margins(y=0.12)
-    ax.set_xlabel("relative depth (0: first layer, 1: last layer)")
     ax.set_ylabel(f"{label}, over the median layer")
     legend(ax, **ABOVE, ncols=2)
     return ax

@@ -87,10 +87,11 @@ def compare_steps(
     DataFrame
         The methods' curves, as of `curve`; so far as it goes, it is the `partial` of each `Progress`.
     """
-    unknown = [name for name in methods if not isinstance(methods, Mapping) and name not in METHODS]
-    if unknown:
-        raise SessionError(f"Unknown method {', '.join(unknown)}. There are: {', '.join(METHODS)}.")
-    methods = methods if isinstance(methods, Mapping) else {name: METHODS[name] for name in methods}
+    if not isinstance(methods, Mapping):
+        unknown = [name for name in methods if name not in METHODS]
+        if unknown:
+            raise SessionError(f"Unknown method {', '.join(unknown)}. There are: {', '.join(METHODS)}.")
+        methods = {name: METHODS[name] for name in methods}
     depth = teacher.model.config.get_text_config().num_hidden_layers
     if not 1 <= remove < depth or evaluate_every < 1:
         raise SessionError(
@@ -136,11 +137,8 @@ def _advance(session: PruningSession, method: Method, remove: int, every: int, s
             method.iterative and gone % method.measure_every == 0 and "measure" not in since
         ):
             yield from relabel(session.measure_steps(), f"measuring for removal {gone + 1}, ")
-        elif "measure" in since:
-            session.remove()
-        else:  # by the scores of an earlier student: where it is not iterative, of the whole teacher
-            last = max(step.step for step in session.path if step.action == "measure")
-            session.remove(next(i for i in session.scores_at(last).ranking if i not in session.removed))
+        else:  # by scores of an earlier student where it is not measured anew: of the whole teacher, in a single pass
+            session.remove(scores=session.latest_scores)
 
 
 def _share_of(session: PruningSession, part: float) -> dict[str, int]:
@@ -175,7 +173,7 @@ def curve(run: Run, name: str, skip: int = 0) -> pd.DataFrame:
         if step.action in ("measure", "distill"):
             spent[f"{step.action}_seconds"] += step.seconds
         if step.action == "measure":
-            spent["layer_passes"] += run.scores_at(step.step).details.get("layer_passes", math.nan)
+            spent["layer_passes"] += step.result["scores"]["details"].get("layer_passes", math.nan)
         spent["distill_tokens"] += step.result.get("tokens", 0) if step.action == "distill" else 0
         if step.action != "evaluate" or step.args["suite"] is None:
             continue

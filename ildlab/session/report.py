@@ -61,11 +61,11 @@ class Lead:
         left, whole = len(path[-1].layer_ids), len(path[0].layer_ids)
         layers = f"{left} of {whole}" + (f" (removed, in order: {', '.join(gone)})" if gone else "")
         title = config.teacher.rstrip("/").rpartition("/")[2]
-        advice = tuple(_advice(path, config, folder))
         judged = [step for step in path if step.action == "evaluate"]
-        if not judged:
+        found = Evaluation.from_dict(judged[-1].result["evaluation"]) if judged else None
+        advice = tuple(_advice(path, found, config.suite, folder))
+        if found is None:
             return cls(title, layers, advice=advice)
-        found = Evaluation.from_dict(judged[-1].result["evaluation"])
         size = f"{found.bytes / 2**20:,.0f} of {found.teacher_bytes / 2**20:,.0f} MiB"
         size += f" ({found.parameters / found.teacher_parameters - 1:+.1%} parameters)"
         speed = (
@@ -99,14 +99,12 @@ def _kept(found: Evaluation) -> str:
     return f"{1 - lost.value:.1%} [{1 - lost.high:.1%}, {1 - lost.low:.1%}] of the aggregate of {found.suite.name}"
 
 
-def _advice(path: list[Step], config: SessionConfig, folder: Path) -> Iterator[str]:
-    """What the journal says should be done next, the most pressing first."""
-    table = table_of(path, config.suite)
+def _advice(path: list[Step], found: Evaluation | None, suite: str | None, folder: Path) -> Iterator[str]:
+    """What the journal says should be done next, the most pressing first; `found` is the latest evaluation."""
+    table = table_of(path, suite)
     seen = [each for each in diagnose(table) if each.n_removed == table["n_removed"].iloc[-1]]
     yield from (f"After the last removal, {each.seen} {each.advice}" for each in seen)
     actions = [step.action for step in path if step.whole]
-    judged = [step.result["evaluation"] for step in path if step.action == "evaluate"]
-    found = Evaluation.from_dict(judged[-1]) if judged else None
     if "remove" in actions and "distill" not in actions:
         yield "The student was never distilled: session.distill() heals a part of what the removals cost."
     if found is None:
