@@ -59,6 +59,17 @@ def test_quality_loss_and_its_intervals():
         quality_loss(result(fingerprint="g", a=[1]), teacher)
 
 
+def test_rows_that_chose_layers_can_be_left_out():
+    student, teacher = result(a=[0, 0, 1, 1], b=[0, 1, 1, 1]), result(a=[1, 1, 1, 1], b=[1, 1, 1, 1])
+    assert student.aggregate == 0.625
+    assert student.after(2).aggregate == 1 and student.after(0).aggregate == student.aggregate
+    assert quality_loss(student.after(2), teacher.after(2)).value == 0
+    with pytest.raises(SuiteError, match="not of the same tasks and rows"):
+        quality_loss(student.after(2), teacher)
+    with pytest.raises(SuiteError, match="task a has 4 examples; none is left"):
+        student.after(4)
+
+
 def test_bootstrap_interval_against_the_binomial():
     found = result(a=[1] * 80 + [0] * 20).interval()
     spread = 1.96 * np.sqrt(0.8 * 0.2 / 100)

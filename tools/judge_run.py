@@ -34,6 +34,9 @@ def main() -> None:
         "--layers", type=int, nargs="*", help="depths of the runs to judge; by default where each ended"
     )
     parser.add_argument("--suite", default="mini7")
+    parser.add_argument(
+        "--chosen", type=int, help="first rows of each of its tasks that chose layers: without them, too"
+    )
     parser.add_argument("--rows", type=int, help="of each held-out set; by default all of the half")
     parser.add_argument("--tokens", type=int, default=16_384, help="of WikiText-2")
     args = parser.parse_args()
@@ -62,22 +65,25 @@ def main() -> None:
                 gone = sorted(set(session.teacher.layer_ids) - set(student.layer_ids))
                 pruned = judge(f"without {gone}", session.teacher.share(without=gone))
                 found = judge(f"{folder} at {depth}", student)
-                table.append({"run": folder.name, "removed": gone} | _row(whole, pruned, found, args.suite))
+                table.append({"run": folder.name, "removed": gone} | _row(whole, pruned, found, args))
                 print(json.dumps(table[-1]), flush=True)
             seconds = pd.Series([s.seconds for s in session.path]).groupby([s.action for s in session.path]).sum()
             print(f"{folder}: {seconds.sum():.0f} s in the journal: {seconds.round(0).to_dict()}", flush=True)
     print(pd.DataFrame(table).T.to_string())
 
 
-def _row(whole: dict, pruned: dict, found: dict, suite: str) -> dict:
+def _row(whole: dict, pruned: dict, found: dict, args: argparse.Namespace) -> dict:
     """One student's figures beside the teacher's, and beside those of the teacher without the same layers."""
     row = {}
-    for name, at, corrected in ((suite, 0, False), ("held out", 1, True)):
+    for name, at, corrected in ((args.suite, 0, False), ("held out", 1, True)):
         form = "aggregate_corrected" if corrected else "aggregate"
         models = {"teacher": whole, "pruned": pruned, "student": found}
         row |= {f"{name}, {label}": round(getattr(m["scores"][at], form), 4) for label, m in models.items()}
         lost = quality_loss(found["scores"][at], whole["scores"][at], corrected=corrected)
         row[f"{name}, loss"] = f"{lost.value:.1%} [{lost.low:.1%}, {lost.high:.1%}]"
+    if args.chosen:
+        lost = quality_loss(*(m["scores"][0].after(args.chosen) for m in (found, whole)))
+        row[f"{args.suite} without rows that chose, loss"] = f"{lost.value:.1%} [{lost.low:.1%}, {lost.high:.1%}]"
     for label, model in (("teacher", whole), ("pruned", pruned), ("student", found)):
         row[f"WikiText-2 bits per byte, {label}"] = round(model["bits per byte"], 4)
     won = (pruned["nats"] - found["nats"]) / (pruned["nats"] - whole["nats"])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -124,6 +124,17 @@ class SuiteResult:
     def _mean(self, of) -> Any:
         total = sum(task.weight for task in self.tasks.values())
         return sum(task.weight * of(task) for task in self.tasks.values()) / total
+
+    def after(self, rows: int) -> SuiteResult:
+        """The same without the first `rows` examples of each task, such as those by which layers were chosen."""
+        tasks = {}
+        for name, task in self.tasks.items():
+            if not 0 <= rows < task.n:
+                raise SuiteError(
+                    f"{self.name}: task {name} has {task.n} examples; none is left after the first {rows}."
+                )
+            tasks[name] = replace(task, values=task.values[rows:], weights=task.weights and task.weights[rows:])
+        return replace(self, fingerprint=f"{self.fingerprint} after {rows}", tasks=tasks)
 
     def resampled(self, corrected: bool = False) -> np.ndarray:
         """Aggregates [draws] of bootstrap samples: the same examples at every call."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import pandas as pd
 from ildlab.distill.config import DistillConfig
 from ildlab.errors import SessionError
 from ildlab.evaluate.record import Evaluation
-from ildlab.evaluate.results import SuiteResult
 from ildlab.files import data_dir
 from ildlab.model.load import LoadedModel
 from ildlab.progress import Progress, Work, relabel
@@ -181,24 +180,15 @@ def curve(run: Run, name: str, skip: int = 0) -> pd.DataFrame:
         interval = found.suite.interval()
         row = {"method": name, "layers_removed": removed, "share_removed": removed / found.teacher_layers}
         row |= {"aggregate": interval.value, "low": interval.low, "high": interval.high}
-        row |= {"aggregate_rest": _rest(found.suite, skip), "corrected": found.suite.aggregate_corrected}
+        some_left = 0 < skip < min(task.n for task in found.suite.tasks.values())
+        rest = found.suite.after(skip).aggregate if some_left else math.nan
+        row |= {"aggregate_rest": rest, "corrected": found.suite.aggregate_corrected}
         lost = found.quality_loss_estimate()
         row |= {"quality_loss": lost.value, "loss_low": lost.low, "loss_high": lost.high}
         row |= {"perplexity": found.perplexity, "kl": found.kl, **spent}
         row |= {"parameters": found.parameters} | {task.name: task.score for task in found.suite.tasks.values()}
         rows.append(row | canary_scores(found))
     return pd.DataFrame(rows)
-
-
-def _rest(found: SuiteResult, skip: int) -> float:
-    """Aggregate of the rows after the first `skip` of each task."""
-    if not 0 < skip < min(task.n for task in found.tasks.values()):
-        return math.nan
-    tasks = {
-        name: replace(task, values=task.values[skip:], weights=task.weights and task.weights[skip:])
-        for name, task in found.tasks.items()
-    }
-    return replace(found, tasks=tasks).aggregate
 
 
 def task_columns(table: pd.DataFrame) -> list[str]:
