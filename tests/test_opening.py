@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ildlab.distill.config import DistillConfig
-from ildlab.errors import DistillError, IldlabError, JournalError, MeasureError, SessionError
+from ildlab.errors import DistillError, IldlabError, JournalError, MeasureError, SessionError, TextError
 from ildlab.model.load import LoadedModel
 from ildlab.session.config import SessionConfig
 from ildlab.session.loop import RunSettings
@@ -152,6 +152,30 @@ def test_a_teacher_that_moved_is_asked_for_and_moves_with_the_run_once_it_lies_i
     PruningSession.open(tmp_path / "branch").measure("kl")
 
 
+def test_a_run_distills_on_a_text_of_its_own(here):
+    Path("train.txt").write_text("Whales sing, and rivers run to the sea.\n" * 400)
+    with create(train_text="train.txt", train_tokens=512, distill={"local_tokens": 0, "tokens": 64}) as session:
+        session.run(5)
+        kinds = {
+            step.action: step.result["text"]["source"]
+            for step in session.steps
+            if "source" in step.result.get("text", {})
+        }
+        assert kinds == {"measure": f"{here}/mine.txt", "distill": f"{here}/train.txt", "evaluate": f"{here}/mine.txt"}
+        assert session.text("calibration").source == f"{here}/mine.txt"
+    shutil.move("train.txt", "moved.txt")
+    with PruningSession.open("runs/one") as session:
+        session.measure()  # wants the other text
+        session.remove()
+        with pytest.raises(JournalError, match=r"no longer at .*train.txt: .*open\(.*, train_text=...\)"):
+            session.distill()
+    with pytest.raises(JournalError, match="train_text='teacher-samples' is not the text"):
+        PruningSession.open("runs/one", train_text="teacher-samples")
+    with PruningSession.open("runs/one", train_text="moved.txt") as session:
+        session.distill()
+        assert session.steps[-1].result["text"]["source"] == f"{here}/moved.txt"
+
+
 def test_a_text_that_moved_is_asked_for_and_is_the_same(here):
     create(eval_text="teacher-samples").close()
     shutil.move("mine.txt", "yours.txt")
@@ -163,6 +187,7 @@ def test_a_text_that_moved_is_asked_for_and_is_the_same(here):
     for wrong, words in (
         ({"text": "teacher-samples"}, "text='teacher-samples' is not the text"),
         ({"eval_text": "yours.txt"}, "eval_text='yours.txt' is not the text"),
+        ({"train_text": "yours.txt"}, "has no train_text that could have moved"),
         ({"suite": "mini7"}, "has no suite that could have moved"),
     ):
         with pytest.raises(JournalError, match=words):
@@ -236,6 +261,7 @@ def test_settings_are_stored_as_what_they_mean(here):
         ({"seed": -1}, SessionError, "seed=-1: it must not be negative"),
         ({"seed": True}, SessionError, "seed=True: it must be a whole number"),
         ({"text": ""}, SessionError, "text='': it must not be empty"),
+        ({"train_text": "nowhere.txt"}, TextError, "no text source '.*nowhere.txt'"),
         ({"distill": "fast"}, SessionError, "distill='fast': it must be a mapping"),
         ({"distill": {"learning_rate": "nan"}}, DistillError, "learning_rate='nan': it must be a number"),
         ({"distill": {"scope": [1, 9]}}, SessionError, r"the teacher has no layers \[9\]"),

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from ildlab.errors import TextError
+from ildlab.files import data_dir
 from ildlab.importance.samples import Positions
 from ildlab.text import blocks as text
 from ildlab.text import sources as documents
@@ -420,6 +422,19 @@ def test_unreadable_parquet_column(tmp_path, tokenizer):
         document for split in SPLITS for document in find_documents(file, split=split, text_column="answer").stream()
     }
     assert chosen == {"c", "d"}
+
+
+def test_the_encyclopedia_is_running_text_with_a_card(tokenizer):
+    found = {split: list(find_documents("encyclopedia", split=split).stream()) for split in SPLITS}
+    texts = [text for each in found.values() for text in each]
+    assert len(texts) == len(set(texts)) == 92 and all(found.values())
+    lines = [line for text in texts for line in text.split("\n")]
+    assert all(len(line) >= 120 and line[-1] in '.!?"' for line in lines)
+    assert not [line for line in lines if re.search(r"\[\[|\{\{|''|<ref|\|", line)]
+    card = (data_dir() / "encyclopedia" / "README.md").read_text()
+    assert "CC BY-SA 3.0" in card and f"{sum(map(len, texts)):,} characters" in card
+    blocks = load_text("mix+encyclopedia*3", tokenizer, block=128, tokens=2**14, split="train")
+    assert blocks.tokens.shape[0] == 2**7
 
 
 def test_missing_teacher_samples_say_so(tmp_path, monkeypatch, tokenizer):

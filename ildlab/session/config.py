@@ -30,9 +30,9 @@ class SessionConfig:
     ----------
     teacher : str
         Name, folder, GGUF file or Hub id, as `load_model` takes it.
-    text, eval_text, text_column : str
-        Text to calibrate and train on, to judge on (by default the eval split of `text`), and their column where they
-        are tables, as `load_text` takes them.
+    text, train_text, eval_text, text_column : str
+        Text to measure on, to distill on (by default the train split of `text`), to judge on (by default its eval split),
+        and their column where they are tables, as `load_text` takes them.
     block, calibration_tokens, train_tokens, eval_tokens : int
         Tokens in a block, to measure on, to distill on after each removal, and to evaluate on.
     metric, measure : str, dict
@@ -51,6 +51,7 @@ class SessionConfig:
 
     teacher: str
     text: str = "mix"
+    train_text: str | None = None
     eval_text: str | None = None
     text_column: str | None = None
     block: int = 256
@@ -85,7 +86,7 @@ class SessionConfig:
         config = placed(replace(config, **nested), whole)
         config._check_suites()
         for name in ("calibration_tokens", "train_tokens", "eval_tokens"):
-            text = config.eval_text if name == "eval_tokens" and config.eval_text else config.text
+            text = config.text_of(name.removesuffix("_tokens"))
             kinds = len(summands(text))
             # Of text of several kinds each needs a block, and two to be measured on.
             least = max(2, kinds * (2 if name == "calibration_tokens" and kinds > 1 else 1))
@@ -103,6 +104,10 @@ class SessionConfig:
         if config.seed < 0:
             raise SessionError(f"seed={config.seed}: it must not be negative.")
         return config
+
+    def text_of(self, split: str) -> str:
+        """The source of a split's text."""
+        return {"train": self.train_text, "eval": self.eval_text}.get(split) or self.text
 
     def _check_suites(self) -> None:
         """Raise where a suite cannot be loaded, or the metric "task" has none, or one that it cannot race on."""

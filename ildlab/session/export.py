@@ -21,6 +21,7 @@ from ildlab.session.doctor import Verdict, examine
 from ildlab.session.places import in_suite, in_text, paths_in, short
 from ildlab.session.run import Run
 from ildlab.session.tables import history_table
+from ildlab.text.sources import SPLITS
 
 
 def export_student(run: Run, path: str | Path) -> Path:
@@ -69,7 +70,7 @@ def _write(run: Run, folder: Path) -> Verdict:
 def _steps(run: Run) -> list[dict[str, Any]]:
     """What changed and judged the student; of a file the name alone, since its path is a matter of one machine."""
     steps = [step for step in run.path if step.action in ("remove", "distill", "evaluate")]
-    texts = [run.config.text, run.config.eval_text, *(step.result.get("text", {}).get("source") for step in steps)]
+    texts = [*map(run.config.text_of, SPLITS), *(step.result.get("text", {}).get("source") for step in steps)]
     suites = [run.config.suite, *(step.args.get("suite") for step in steps)]
     paths = {path for text in texts for path in paths_in(text, in_text)}
     paths |= {path for suite in suites for path in paths_in(suite, in_suite)}
@@ -111,7 +112,7 @@ def model_card(run: Run, verdict: Verdict) -> str:
     """The README of an exported checkpoint: what it is, how it was made, what was measured."""
     table = history_table(run)[CARD_COLUMNS.split()].dropna(axis=1, how="all")
     cells = [table.columns, ["---"] * table.shape[1], *table.map(_cell).to_numpy()]
-    teacher, source = short(run.config.teacher), in_text(run.config.eval_text or run.config.text, short)
+    teacher, source = short(run.config.teacher), in_text(run.config.text_of("eval"), short)
     about = {"library_name": "transformers", "pipeline_tag": "text-generation", "base_model": teacher}
     about["tags"] = ["ildlab", "layer-pruning", "distillation"]
     return f"""---

@@ -21,6 +21,7 @@ from ildlab.session.doctor import check_describable
 from ildlab.session.journal import Journal, read_config
 from ildlab.session.places import from_run, gone, placed, whole
 from ildlab.session.run import Run, load_split, text_record
+from ildlab.text.sources import SPLITS
 
 FORMAT = 2  # of a run folder; 1 named its teacher by another fingerprint
 STAGES = 2  # of a distillation; a folder that does not say so was made when there was one
@@ -48,7 +49,7 @@ def create(
     stack = LayerStack(loaded.model)
     check_describable(stack)
     config.check_layers(stack.layer_ids)
-    splits = ("calibration", "eval") if config.eval_text else ("calibration",)
+    splits = [split for split in SPLITS if split == "calibration" or config.text_of(split) != config.text]
     blocks = {split: load_split(config, loaded, split) for split in splits}
     if config.metric != "task":
         check_kinds(blocks["calibration"].kinds)
@@ -67,6 +68,7 @@ def open_run(
     teacher: str | Path | LoadedModel | None = None,
     *,
     text: str | None = None,
+    train_text: str | None = None,
     eval_text: str | None = None,
     suite: str | None = None,
     dtype: str = "auto",
@@ -78,8 +80,8 @@ def open_run(
 
     A run that is not ours to write, or `read_only`, can be looked at, and branched.
 
-    `teacher`, `text`, `eval_text` and `suite` say where these are now, if they moved since; the run remembers (the
-    teacher, where it is no longer where it was). What lies in the run folder may move with it.
+    `teacher`, `text`, `train_text`, `eval_text` and `suite` say where these are now, if they moved since; the run
+    remembers (the teacher, where it is no longer where it was). What lies in the run folder may move with it.
 
     Raises
     ------
@@ -94,7 +96,7 @@ def open_run(
             f"The teacher of {folder} is no longer at {was}: say where it is now, "
             f"PruningSession.open({str(folder)!r}, teacher=...)."
         )
-    now = {"text": text, "eval_text": eval_text, "suite": suite}
+    now = {"text": text, "train_text": train_text, "eval_text": eval_text, "suite": suite}
     if gone(was) and not isinstance(teacher, LoadedModel):
         now["teacher"] = str(teacher)
     now = {name: place for name, place in now.items() if place is not None}
@@ -160,8 +162,10 @@ def _move(run: Run, now: dict[str, str]) -> None:
         raise JournalError(f"{run.folder} has no {none[0]} that could have moved: leave it out.")
     run.config = placed(replace(run.config, **now), whole)
     began = run.steps[0].result.get("text", {})
-    for split, name in (("calibration", "text"), ("eval", "eval_text")):
-        if name in now and split in began and run.text(split).fingerprint != began[split]["fingerprint"]:
+    for split, name in (("calibration", "text"), ("train", "train_text"), ("eval", "eval_text")):
+        if name not in now or split not in began:
+            continue
+        if load_split(run.config, run.loaded, split).fingerprint != began[split]["fingerprint"]:
             raise JournalError(f"{name}={now[name]!r} is not the text that {run.folder} was begun with.")
     if run.config.suite is not None:
         load_suite(run.config.suite)

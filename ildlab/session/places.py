@@ -16,10 +16,10 @@ from typing import Any
 from ildlab.errors import SessionError
 from ildlab.model.bundled import BUNDLED
 from ildlab.text.mix import ALSO
-from ildlab.text.sources import exists
+from ildlab.text.sources import SHIPPED, exists
 
 RUN = "{run}"  # the run folder, in its config.json
-_SHIPPED = {BUNDLED, "mix", *ALSO}
+_SHIPPED = {BUNDLED, "mix", *ALSO, *SHIPPED}
 _BETWEEN = re.compile(r"(\s*(?:\*[\d.]+\s*)?\+\s*|\s*\*[\d.]+\s*$)")  # the names of a sum, as `summands` reads it
 _KIND = re.compile(r"(?i)(.+\.jsonl(?:\.gz)?)(:[^:/]+)?")
 
@@ -28,7 +28,7 @@ Place = Callable[[str], str]  # one name to another
 
 def placed(config: Any, place: Place) -> Any:
     """A `SessionConfig` with each name of a teacher, text or suite put through `place`."""
-    texts = {name: in_text(getattr(config, name), place) for name in ("text", "eval_text")}
+    texts = {name: in_text(getattr(config, name), place) for name in ("text", "train_text", "eval_text")}
     measure = dict(config.measure)
     if isinstance(measure.get("suite"), str):
         measure["suite"] = in_suite(measure["suite"], place)

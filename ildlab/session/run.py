@@ -137,7 +137,7 @@ class Run:
         seed = self.seed if split == "train" else self.config.seed
         key = (split, seed, source, tokens)
         if key not in self._text:
-            name = "eval_text" if split == "eval" and self.config.eval_text else "text"
+            name = f"{split}_text" if self.config.text_of(split) != self.config.text else "text"
             own = getattr(self.config, name)
             if source is None and gone(own):
                 raise JournalError(
@@ -231,7 +231,7 @@ def load_split(
     """
     check_length(loaded.model, config.block)  # before a long text is read
     blocks = load_text(
-        source or (split == "eval" and config.eval_text) or config.text,
+        source or config.text_of(split),
         loaded.tokenizer,
         block=config.block,
         tokens=max(tokens, getattr(config, f"{split}_tokens")),

@@ -87,6 +87,7 @@ def load_text(
     source : str, path or sequence of str
         - ``"python-docs"``: Python's help topics, and the docstrings of packages that every install has.
         - ``"teacher-samples"``: texts sampled from a teacher, which ship with ildlab.
+        - ``"encyclopedia"``: articles of the English Wikipedia, which ship with ildlab (to distill on, mostly).
         - a .txt, .md, .jsonl, .jsonl.gz or .parquet file, or a folder of them: UTF-8, or what a byte-order mark says.
         - a Hub data set, ``"owner/name"`` or ``"owner/name:configuration"``, of which the train rows are read
           as a stream (and kept in the cache: a later change on the Hub is not noticed).

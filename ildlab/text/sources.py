@@ -27,6 +27,9 @@ from ildlab.text.tables import Tally, expecting, jsonl_texts, parquet_texts, tex
 SPLITS = ("calibration", "train", "eval")
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".parquet")
 
+# Texts that ship with ildlab, in its folder of data, where cards and openings lie beside them.
+SHIPPED = {"teacher-samples": "teacher_samples/samples.jsonl.gz", "encyclopedia": "encyclopedia/articles.jsonl.gz"}
+
 _MAX_CHUNK = 2000  # characters of a .txt or .md file that travel together
 _KEPT = 2**28  # bytes of documents, of the latest sources, that stay in memory to be read once a process
 
@@ -63,12 +66,11 @@ def find_documents(
         key = python_docs_key()
         return of(name, key, lambda _: _python_docs(key))
     path = name
-    if name == "teacher-samples":
-        # The folder also holds the data card and the openings, which are no samples.
-        path, text_column = data_dir() / "teacher_samples" / "samples.jsonl.gz", None
+    if name in SHIPPED:
+        path, text_column = data_dir() / SHIPPED[name], None if name == "teacher-samples" else "text"
         if not path.is_file():
             raise TextError(
-                f"The teacher's samples are not part of this copy of ildlab ({path} does not exist). "
+                f"The text {name!r} is not part of this copy of ildlab ({path} does not exist). "
                 'Use "python-docs", or your own file or folder of text.'
             )
     if exists(path):
@@ -83,7 +85,9 @@ def find_documents(
         return Documents(name, identity, rows, endless=True, tally=tally)
     raise TextError(
         f"There is no text source {name[:80]!r}: no such file or folder (looked in {Path.cwd()}). Give "
-        '"python-docs", "teacher-samples", a file or folder of ' + "/".join(SUFFIXES) + ", a Hub data set id "
+        '"python-docs", "teacher-samples", "encyclopedia", a file or folder of '
+        + "/".join(SUFFIXES)
+        + ", a Hub data set id "
         "(owner/name or owner/name:configuration), a list of str, or two sources joined by +."
     )
 
