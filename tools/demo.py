@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> Path:
         known = ", ".join(sorted(path.stem for path in preset.parent.glob("*.yaml")))
         raise IldlabError(f"There is no preset {preset.stem!r}; there are: {known}.")
     known = papermill.inspect_notebook(batch / "iterate.ipynb")
-    parameters = read_as(known, yaml.safe_load(preset.read_text(encoding="utf-8")) | given)
+    own = yaml.safe_load(preset.read_text(encoding="utf-8"))
+    if "text" in given:  # whoever brings a text distills on it, unless she names another for that
+        own.pop("train_text", None)
+    parameters = read_as(known, own | given)
     folder = Path(parameters.get("run_folder") or run_folder(Path("runs") / preset.stem)).expanduser().resolve()
     # The report is written beside the run: papermill needs its folder before the session makes it.
     reports = folder.with_name(folder.name + "-report")

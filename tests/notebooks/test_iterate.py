@@ -47,6 +47,8 @@ def test_the_demo_and_papermill_that_goes_on_with_its_run(parameters, tmp_path):
     for name in ("report.html", "report.ipynb", "journal.jsonl", "checkpoint-5-layers"):
         assert (folder / name).exists() and str(folder / name) in out.stdout
     assert "6 layers: measure" in out.stdout  # live progress
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    assert settings["text"] == parameters["text"] and settings["train_text"] is None  # not the preset's
     assert "<img" in (folder / "report.html").read_text()
     first = nbformat.read(folder / "report.ipynb", 4)
     assert "5 layers" in text_of(first)
