@@ -171,6 +171,9 @@ def test_a_run_distills_on_a_text_of_its_own(here):
             session.distill()
     with pytest.raises(JournalError, match="train_text='teacher-samples' is not the text"):
         PruningSession.open("runs/one", train_text="teacher-samples")
+    create("runs/two", eval_text="mine.txt").close()  # the same text, named twice, is still its own
+    with pytest.raises(JournalError, match="eval_text='moved.txt' is not the text"):
+        PruningSession.open("runs/two", eval_text="moved.txt")
     with PruningSession.open("runs/one", train_text="moved.txt") as session:
         session.distill()
         assert session.steps[-1].result["text"]["source"] == f"{here}/moved.txt"

@@ -741,6 +741,19 @@ def test_controls_start_at_the_settings_of_the_run(create):
         assert (config["tokens"], config["learning_rate"]) == (192, 2e-3)
 
 
+def test_the_box_of_the_text_shows_what_is_distilled_on(create, tmp_path, text_file):
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text())
+    session = create("own", train_text=str(other))
+    stepper = Stepper(session, inline=True)
+    assert stepper.source.value == str(other)
+    stepper.measure.click()
+    stepper.remove.click()
+    stepper.source.value = str(text_file)  # the run's other text, chosen on purpose
+    stepper.distill.click()
+    assert session.journal.head.result["text"]["source"] == str(text_file)
+
+
 # ------------------------------------------------------------------ the page
 
 

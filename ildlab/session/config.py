@@ -105,9 +105,14 @@ class SessionConfig:
             raise SessionError(f"seed={config.seed}: it must not be negative.")
         return config
 
+    def text_field(self, split: str) -> str:
+        """Name of the field that says a split's text: its own where that is given, else `text`."""
+        own = f"{split}_text"
+        return own if getattr(self, own, None) else "text"
+
     def text_of(self, split: str) -> str:
         """The source of a split's text."""
-        return {"train": self.train_text, "eval": self.eval_text}.get(split) or self.text
+        return getattr(self, self.text_field(split))
 
     def _check_suites(self) -> None:
         """Raise where a suite cannot be loaded, or the metric "task" has none, or one that it cannot race on."""

@@ -49,7 +49,7 @@ def create(
     stack = LayerStack(loaded.model)
     check_describable(stack)
     config.check_layers(stack.layer_ids)
-    splits = [split for split in SPLITS if split == "calibration" or config.text_of(split) != config.text]
+    splits = [split for split in SPLITS if split == "calibration" or config.text_field(split) != "text"]
     blocks = {split: load_split(config, loaded, split) for split in splits}
     if config.metric != "task":
         check_kinds(blocks["calibration"].kinds)
@@ -162,10 +162,9 @@ def _move(run: Run, now: dict[str, str]) -> None:
         raise JournalError(f"{run.folder} has no {none[0]} that could have moved: leave it out.")
     run.config = placed(replace(run.config, **now), whole)
     began = run.steps[0].result.get("text", {})
-    for split, name in (("calibration", "text"), ("train", "train_text"), ("eval", "eval_text")):
-        if name not in now or split not in began:
-            continue
-        if load_split(run.config, run.loaded, split).fingerprint != began[split]["fingerprint"]:
+    for split in began:
+        name = run.config.text_field(split)
+        if name in now and load_split(run.config, run.loaded, split).fingerprint != began[split]["fingerprint"]:
             raise JournalError(f"{name}={now[name]!r} is not the text that {run.folder} was begun with.")
     if run.config.suite is not None:
         load_suite(run.config.suite)

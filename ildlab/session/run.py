@@ -137,7 +137,7 @@ class Run:
         seed = self.seed if split == "train" else self.config.seed
         key = (split, seed, source, tokens)
         if key not in self._text:
-            name = f"{split}_text" if self.config.text_of(split) != self.config.text else "text"
+            name = self.config.text_field(split)
             own = getattr(self.config, name)
             if source is None and gone(own):
                 raise JournalError(

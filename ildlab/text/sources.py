@@ -67,7 +67,7 @@ def find_documents(
         return of(name, key, lambda _: _python_docs(key))
     path = name
     if name in SHIPPED:
-        path, text_column = data_dir() / SHIPPED[name], None if name == "teacher-samples" else "text"
+        path, text_column = data_dir() / SHIPPED[name], "text"
         if not path.is_file():
             raise TextError(
                 f"The text {name!r} is not part of this copy of ildlab ({path} does not exist). "

@@ -77,7 +77,7 @@ class Controls:
         self.own = own = replace(own, tokens=own.tokens or config.train_tokens)
         presets = [("the run's own", None), ("the paper's", DistillConfig.paper())]
         self.preset = w.ToggleButtons(options=presets, description="settings", style={"button_width": "auto"})
-        self.source = w.Text(value=config.text, description="text", **WHOLE)
+        self.source = w.Text(value=config.text_of("train"), description="text", **WHOLE)
         self.tokens = w.IntText(value=own.tokens, description="tokens", **WHOLE)
         self.loss = w.Dropdown(options=list(LOSSES.items()), description="loss", **WHOLE)
         scopes = [("as set", {}), *((scope, {"scope": scope}) for scope in SCOPES)]

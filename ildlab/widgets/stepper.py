@@ -261,7 +261,7 @@ class Stepper(View):
         if self.rate.value != self.own.learning_rate:
             changes["learning_rate"] = self.rate.value
         source = self.source.value.strip()
-        text = source if source != self.session.config.text else None
+        text = source if source != self.session.config.text_of("train") else None
         yield from self.session.distill_steps(preset, text=text or None, **changes)
 
     def _discard(self) -> str:
