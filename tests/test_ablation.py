@@ -164,8 +164,8 @@ def test_token_scores_survive_large_logits(tiny, tokens):
 class Table:
     """Stands in for a model: looks scores up, so that races can be run by the hundred."""
 
-    def __init__(self, student, values, prior):
-        self.alive, self.values, self.prior = student.layer_ids, values, prior
+    def __init__(self, layer_ids, values, prior):
+        self.alive, self.values, self.prior = layer_ids, values, prior
         self.want_prior, self.passes, self.rows = False, 0, []
 
     def __call__(self, rows):
@@ -180,9 +180,7 @@ class Table:
 def race(monkeypatch, tiny_stack, values, prior=None, **options):
     prior = np.zeros_like(values) if prior is None else prior
     made = []
-    monkeypatch.setattr(
-        ablation, "_Job", lambda student, *a, **k: made.append(Table(student, values, prior)) or made[0]
-    )
+    monkeypatch.setattr(ablation, "_Job", lambda *given: made.append(Table(given[-1], values, prior)) or made[0])
     rows = torch.randint(3, 97, (len(values), 8))
     return measure(tiny_stack, rows, "nll", race=True, batch_size=4, **options), made[0]
 
@@ -238,6 +236,30 @@ def test_race_on_a_model_agrees_with_the_sweep(pair, tokens):
         column = full.layer_ids.index(layer_id)
         np.testing.assert_allclose(quick.per_sequence[:n, column], full.per_sequence[:n, column], rtol=1e-4)
     assert quick.details["layer_passes"] > 0
+
+
+@pytest.mark.parametrize("metric", ["nll", "kl"])
+def test_some_layers_alone_score_as_among_all(pair, tokens, metric):
+    teacher, student = pair
+    given = (teacher,) if metric == "kl" else ()
+    some = [student.layer_ids[i] for i in (3, 1)]
+    full, part = (measure(student, tokens, metric, *given, layers=layers) for layers in (None, some))
+    assert part.layer_ids == sorted(some) and part.details["layers"] == tuple(some)
+    columns = [full.layer_ids.index(i) for i in part.layer_ids]
+    np.testing.assert_allclose(part.per_sequence, full.per_sequence[:, columns], rtol=1e-4)
+    assert part.details["layer_passes"] < full.details["layer_passes"]
+    raced = measure(student, tokens, metric, *given, layers=some, race=True, batch_size=2)
+    assert raced.least_important == part.least_important and raced.layer_ids == part.layer_ids
+
+
+def test_the_prior_of_a_race_is_that_of_the_layers_in_it(eight, monkeypatch):
+    """Layer 5 is hopeless by both; as the second of three, its prior must not be read as that of layer 1."""
+    rng = np.random.default_rng(6)
+    values = np.array([9, 9, 0.1, 9, 9, 6, 9, 0.3]) + 0.3 * rng.normal(size=(40, 8))
+    prior = np.array([0.9, 0.03, 0.03, 0.9, 0.9, 0.9, 0.9, 0.04]) + 0.001 * rng.normal(size=(40, 8))
+    scores, job = race(monkeypatch, eight, values, prior, layers=[2, 5, 7, 3])
+    assert scores.layer_ids == [2, 3, 5, 7] and scores.table.n[[3, 5]].tolist() == [2, 2]
+    assert scores.least_important == 2
 
 
 # -------------------------------------------------------------------- offload

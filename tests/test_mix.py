@@ -278,6 +278,21 @@ def test_kl_on_a_mixture_is_that_of_its_kinds(tiny, rows_here, teacher):
         scores.of_kind("songs")
 
 
+def test_some_layers_are_scored_in_units_of_the_medians_given(tiny, rows_here, teacher):
+    stack = LayerStack(tiny(4, vocab=49152, hidden=32))
+    blocks = load_text(rows_here, teacher.tokenizer, block=32, tokens=256, split="train")
+    how = {"teacher": stack, "show": False}
+    full = measure(stack, blocks, "kl", **how)
+    least, medians = sorted(full.ranking[:2]), full.details["medians"]
+    alone = measure(stack, blocks, "kl", layers=least, **how)
+    part = measure(stack, blocks, "kl", layers=least, medians=medians, **how)
+    assert part.table["score"].to_numpy() == pytest.approx(full.table["score"][least].to_numpy(), rel=1e-4)
+    assert alone.table["score"].mean() == pytest.approx(1, rel=1e-3)  # of two layers the median is the mean
+    assert part.details["medians"] == medians != alone.details["medians"]
+    raced = measure(stack, blocks, "kl", layers=least, medians=medians, race=True, **how)
+    assert raced.details["medians"] == medians and raced.least_important == part.least_important
+
+
 def test_next_tokens_are_scored_at_the_last_token_of_an_answer_too(tiny, rows_here, teacher):
     stack = LayerStack(tiny(4, vocab=49152, hidden=32))
     blocks = load_text(f"{rows_here}:sums", teacher.tokenizer, block=32, split="train")

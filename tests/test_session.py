@@ -19,6 +19,7 @@ from ildlab.model.load import LoadedModel
 from ildlab.session.config import SessionConfig
 from ildlab.session.diagnosis import diagnose
 from ildlab.session.loop import next_phase
+from ildlab.session.picture import iterations, picture_of
 from ildlab.session.session import PruningSession
 from ildlab.session.tables import history_table, task_table
 
@@ -147,6 +148,31 @@ def test_two_layers_on_one_measurement(make):
     assert [each["layer_id"] for each in removals[:2]] == first and all(each["score"] is not None for each in removals)
     with pytest.raises(SessionError, match="at_once=0"):
         session.run(2, at_once=0)
+
+
+def test_a_shortlist_is_what_scored_least_before_and_stands_next_to_a_gap(make):
+    session = make()
+    session.run(3, distill=False, shortlist=2)
+    measured = [step for step in session.steps if step.action == "measure"]
+    assert len(measured) == 3 and measured[0].args.get("layers") is None
+    latest = {}
+    for earlier, later in zip(measured, measured[1:], strict=False):
+        score = session.scores_at(earlier.step).table["score"]
+        latest |= (score - score.min()).to_dict()  # the score itself grows with every removal
+        here = later.layer_ids
+        gone = [i for i in range(len(session.teacher)) if i not in here]
+        wanted = {*sorted(here, key=latest.get)[:2]}
+        for i in gone:
+            wanted |= {*[k for k in here if k < i][-1:], *[k for k in here if k > i][:1]}
+        assert later.args["layers"] == sorted(wanted) == session.scores_at(later.step).layer_ids
+    assert session.removed == [session.scores_at(step.step).least_important for step in measured]
+    assert (
+        len(session.history()) == 4 and picture_of(session.journal).columns and len(iterations(session.journal)) == 3
+    )
+    with pytest.raises(SessionError, match="shortlist=1"):
+        session.run(2, shortlist=1)
+    with pytest.raises(SessionError, match="shortlist=4: 'block_influence' scores all"):
+        make("one pass", metric="block_influence").run(4, shortlist=4)
 
 
 def test_a_loss_over_the_limit_undoes_all_that_went_on_one_measurement(make):
@@ -741,6 +767,7 @@ KILLER = """
 import json, os, re, signal, sys
 import accelerate, transformers.models.llama  # once, for all children
 from ildlab.model.load import LoadedModel
+from ildlab.session.picture import iterations, picture_of
 from ildlab.session.session import PruningSession
 
 for folder, phase, times in json.loads(sys.argv[1]):

@@ -31,15 +31,16 @@ def ablation_steps(
     student: LayerStack, rows: Rows, config: MeasureConfig, teacher: LayerStack | None = None
 ) -> Work[LayerScores]:
     """Sweep all layers, or race them; in a race, Block Influence of the first batch's tokens is the prior."""
-    total, depth = len(rows.tokens), len(student)
-    job = _Job(student, teacher, rows, config)
+    layer_ids = sorted(set(config.layers or student.layer_ids), key=student.position)
+    total, depth = len(rows.tokens), len(layer_ids)
+    job = _Job(student, teacher, rows, config, layer_ids)
     group = config.batch_size
     if not config.race:  # a race would decide too late
         one = rows.tokens.shape[1] * student.hidden_size * student.model.dtype.itemsize * (depth + 1)
         group = rows_at_once(student, total, group, one, config.max_branch_bytes)
     run = SmallerOnOOM(job, group)
-    race = Race(student.layer_ids, config.confidence, config.tie)
-    collected = Collector(config, rows.source, student.layer_ids, total, rows.kinds)
+    race = Race(layer_ids, config.confidence, config.tie)
+    collected = Collector(config, rows.source, layer_ids, total, rows.kinds)
     details = collected.details
     details |= {"notes": run.notes, "dropped": race.dropped}
     job.want_prior, whole = config.race, 0.0
@@ -52,6 +53,7 @@ def ablation_steps(
         note = run.notes[-1] if run.notes else ""
         if config.race:
             prior = values[:, alive + 2 :].mean(0) if job.want_prior else None  # [n, L] -> [L]
+            prior = prior if prior is None else prior[[student.position(i) for i in layer_ids]]  # [L] -> [A]
             race.look(*collected.seen(job.alive), prior=prior)
             job.alive, job.want_prior = race.alive, False
             details["stopped"] = race.stopped
@@ -72,10 +74,12 @@ class _Job:
     `want_prior` the Block Influence of all L layers on the same tokens.
     """
 
-    def __init__(self, student: LayerStack, teacher: LayerStack | None, rows: Rows, config: MeasureConfig):
+    def __init__(
+        self, student: LayerStack, teacher: LayerStack | None, rows: Rows, config: MeasureConfig, layer_ids: list[int]
+    ):
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
         self.places = Positions.sample(rows, config.positions, config.seed, predict=config.metric == "nll")
-        self.alive = student.layer_ids
+        self.alive = layer_ids
         self.want_prior = False
         self.passes = 0  # of a layer, for a batch
         # Up to where teacher and student are one: one pass serves both.

@@ -35,6 +35,11 @@ class MeasureConfig:
         the drop of a suite's aggregate.
     race : bool
         nll, kl, task: stop scoring layers that surely are not the least important one (`ildlab.importance.race`).
+    layers : sequence of int, optional
+        nll, kl: score these layers alone, two or more; the others have no score. By default all.
+    medians : dict, optional
+        nll, kl: of text of several kinds, the median layer's damage to each, as an earlier measurement has it
+        (`LayerScores.details["medians"]`); by default told from the layers scored.
     positions : int, optional
         taylor, nll, kl: score a seeded random sample of so many positions of each sequence, so that the head is paid
         only there (unbiased; the layers still see the whole sequence). By default all.
@@ -64,6 +69,8 @@ class MeasureConfig:
 
     metric: Metric = "block_influence"
     race: bool = _option(False, *ABLATION, "task")
+    layers: tuple[int, ...] | None = _option(None, *ABLATION)
+    medians: dict[str, float] | None = _option(None, *ABLATION)
     positions: int | None = _option(None, "taylor", *ABLATION)
     batch_size: int = _option(8, *ONE_PASS, *ABLATION)
     seed: int = 0
@@ -84,6 +91,13 @@ class MeasureConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MeasureError(f"{name}={value}: it must be at least 1.")
+        if self.layers is not None and len(set(self.layers)) < 2:
+            raise MeasureError(f"layers={list(self.layers)}: name at least two, of which one is the less important.")
+        for kind, level in (self.medians or {}).items():
+            if not level > 0:
+                raise MeasureError(
+                    f"medians: that of {kind!r} is {level}; damage is in units of it, so it must be above 0."
+                )
         for name in ("seed", "tie"):
             if (getattr(self, name) or 0) < 0:
                 raise MeasureError(f"{name}={getattr(self, name)}: it must not be negative.")

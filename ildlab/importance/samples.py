@@ -178,7 +178,7 @@ class Collector:
         rows = np.flatnonzero(self.weights > 0)
         values, weights = self.values[rows], self.weights[rows]
         if len(self.kinds):
-            values, weights, _ = by_kind(values, weights, self.kinds[rows])
+            values, weights, _ = by_kind(values, weights, self.kinds[rows], self.config.medians)
         return values[:, self._columns(layer_ids)], weights
 
     def scores(self) -> LayerScores:

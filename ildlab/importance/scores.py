@@ -17,7 +17,9 @@ from ildlab.errors import MeasureError
 from ildlab.stats import expansion, interval, listed, mean, means, percentiles, ranks, resamples
 
 
-def by_kind(x: np.ndarray, w: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+def by_kind(
+    x: np.ndarray, w: np.ndarray, kinds: np.ndarray, medians: dict[str, float] | None = None
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """Values on texts of several kinds, made one: each kind in units of its own median layer, all of one weight.
 
     Kinds differ in nats by an order of magnitude: a copy is nearly certain, prose is not. What counts is how much less
@@ -28,6 +30,8 @@ def by_kind(x: np.ndarray, w: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray
     x, w : ndarray [N, L], [N]
         Values (NaN where a layer was not scored) and weights of N sequences.
     kinds : ndarray [N] of str
+    medians : dict, optional
+        Of an earlier measurement, for kinds that it has, instead of those told from `x`.
 
     Returns
     -------
@@ -38,11 +42,11 @@ def by_kind(x: np.ndarray, w: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray
 
     Raises MeasureError where a kind has no damage to be told by.
     """
-    x, w, medians = x.copy(), w.copy(), {}
+    x, w, known, medians = x.copy(), w.copy(), medians or {}, {}
     for kind in dict.fromkeys(kinds.tolist()):
         rows = kinds == kind
         whole = rows & ~np.isnan(x).any(1)
-        medians[kind] = level = float(np.median(mean(x[whole], w[whole])))
+        medians[kind] = level = known.get(kind) or float(np.median(mean(x[whole], w[whole])))
         if not level > 0:
             others = "+".join(other for other in dict.fromkeys(kinds.tolist()) if other != kind)
             raise MeasureError(
@@ -86,7 +90,7 @@ class LayerScores:
         x, w = np.asarray(per_sequence, float), np.asarray(weights, float)
         details = dict(details or {})
         if kinds:
-            x, w, details["medians"] = by_kind(x, w, np.array(kinds))
+            x, w, details["medians"] = by_kind(x, w, np.array(kinds), details.get("medians"))
         index = pd.Index([int(i) for i in layer_ids], name="layer_id")
         scored = ~np.isnan(x)
         n = scored.sum(0)

@@ -11,9 +11,11 @@ from typing import Any
 import pandas as pd
 
 from ildlab.distill.config import DistillConfig
+from ildlab.distill.scope import resolve_scope
 from ildlab.errors import DistillError, SessionError
 from ildlab.evaluate.record import Evaluation
 from ildlab.evaluate.suites import load_suite
+from ildlab.importance.config import ABLATION
 from ildlab.progress import Progress, Work, relabel
 from ildlab.session import actions
 from ildlab.session.journal import CHANGES_STUDENT, Step
@@ -34,11 +36,14 @@ class RunSettings:
     final: dict[str, Any] | None = None
     suite_each: bool = True
     at_once: int = 1
+    shortlist: int | None = None
 
     def __post_init__(self):
         read_fields(self, SessionError)
         if self.at_once < 1:
             raise SessionError(f"at_once={self.at_once}: at least one layer is removed on each measurement.")
+        if self.shortlist is not None and self.shortlist < 2:
+            raise SessionError(f"shortlist={self.shortlist}: of at least two layers one is the less important.")
         final = self.final and read_values(DistillConfig, self.final, DistillError)
         object.__setattr__(self, "final", final or None)
         object.__setattr__(self, "suite", in_suite(self.suite, whole))
@@ -63,6 +68,7 @@ def run_steps(
     final: dict[str, Any] | None = None,
     suite_each: bool = True,
     at_once: int = 1,
+    shortlist: int | None = None,
 ) -> Work[pd.DataFrame]:
     """The whole method, until one of the paper's stop rules holds; with neither given, it goes on as it was begun.
 
@@ -85,11 +91,14 @@ def run_steps(
     at_once : int
         Layers that go on one measurement, the least important first. Less is measured, and a layer's neighbours are not
         seen to matter more once it is gone.
+    shortlist : int, optional
+        By the metrics nll and kl: after the first measurement, score only as many layers as this, the least important when
+        last scored, and the neighbours of every gap.
 
     Returns `history()`.
     """
     settings, resuming = _checked(
-        run, RunSettings(target_layers, max_loss, distill, suite, final, suite_each, at_once)
+        run, RunSettings(target_layers, max_loss, distill, suite, final, suite_each, at_once, shortlist)
     )
     if resuming and _stopped_by_loss(run):
         return history_table(run)
@@ -129,7 +138,7 @@ def _phase_steps(run: Run, settings: RunSettings, phase: str, label: str, place:
         # A removal that is finally distilled is judged once more after that.
         ends &= len(run.student) == settings.target_layers and (phase == "evaluate" or not settings.final)
     if phase == "measure":
-        work = actions.measure_steps(run)
+        work = actions.measure_steps(run, **(_shortlisted(run, settings.shortlist) if settings.shortlist else {}))
     elif phase == "distill":
         work = actions.distill_steps(run)
     elif phase == "final distillation":
@@ -149,6 +158,22 @@ def _told(found: Evaluation, step: Step) -> str:
     if found.aggregate is not None:
         note += f", aggregate {found.aggregate:.3f} (quality loss {found.loss:+.1%})"
     return note
+
+
+def _shortlisted(run: Run, count: int) -> dict[str, Any]:
+    """Options of `measure` for the layers that may be the least important by what was measured before; none, for all."""
+    above, scores = {}, None  # layer id -> how far above the least it was, when it was scored last
+    for step in run.path:
+        if step.action == "measure" and step.args["metric"] == run.config.metric:
+            scores = run.scores_at(step.step)
+            # Not the score: it has in it what all removals so far cost, and grows with every one.
+            above |= (scores.table["score"] - scores.table["score"].min()).to_dict()
+    if scores is None:
+        return {}
+    least = sorted(set(above) & set(run.student.layer_ids), key=above.get)[:count]
+    # A layer next to a gap may matter less once its neighbour is gone, however it stood.
+    near = resolve_scope("neighbours", run.student, run.removed) if run.removed else []
+    return {"layers": sorted({*least, *near}), "medians": scores.details.get("medians")}
 
 
 def next_phase(path: list[Step], distill: bool = True) -> str:
@@ -204,6 +229,10 @@ def _checked(run: Run, settings: RunSettings) -> tuple[RunSettings, bool]:
     if goal is not None and (goal < 1 or goal > now or (goal == now and not resuming)):
         raise SessionError(f"target_layers is {goal}: it must be at least 1 and less than today's {now} layers.")
     _final_config(run, settings.final or {})
+    if settings.shortlist and run.config.metric not in ABLATION:
+        raise SessionError(
+            f"shortlist={settings.shortlist}: {run.config.metric!r} scores all layers; 'kl' and 'nll' can score some."
+        )
     if settings.suite is not None:
         load_suite(settings.suite)
     return settings, resuming
