@@ -93,7 +93,7 @@ def run_steps(
         seen to matter more once it is gone.
     shortlist : int, optional
         By the metrics nll and kl: after the first measurement, score only as many layers as this, the least important when
-        last scored, and the neighbours of every gap.
+        last scored, and the neighbours of every gap. Other metrics score every layer.
 
     Returns `history()`.
     """
@@ -168,7 +168,7 @@ def _shortlisted(run: Run, count: int) -> dict[str, Any]:
             scores = run.scores_at(step.step)
             # Not the score: it has in it what all removals so far cost, and grows with every one.
             above |= (scores.table["score"] - scores.table["score"].min()).to_dict()
-    if scores is None:
+    if scores is None or scores.metric not in ABLATION:
         return {}
     least = sorted(set(above) & set(run.student.layer_ids), key=above.get)[:count]
     # A layer next to a gap may matter less once its neighbour is gone, however it stood.
@@ -229,10 +229,6 @@ def _checked(run: Run, settings: RunSettings) -> tuple[RunSettings, bool]:
     if goal is not None and (goal < 1 or goal > now or (goal == now and not resuming)):
         raise SessionError(f"target_layers is {goal}: it must be at least 1 and less than today's {now} layers.")
     _final_config(run, settings.final or {})
-    if settings.shortlist and run.config.metric not in ABLATION:
-        raise SessionError(
-            f"shortlist={settings.shortlist}: {run.config.metric!r} scores all layers; 'kl' and 'nll' can score some."
-        )
     if settings.suite is not None:
         load_suite(settings.suite)
     return settings, resuming
