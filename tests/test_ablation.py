@@ -245,6 +245,7 @@ def test_some_layers_alone_score_as_among_all(pair, tokens, metric):
     some = [student.layer_ids[i] for i in (3, 1)]
     full, part = (measure(student, tokens, metric, *given, layers=layers) for layers in (None, some))
     assert part.layer_ids == sorted(some) and part.details["layers"] == tuple(some)
+    assert full.unscored == [] and sorted([*part.unscored, *some]) == student.layer_ids
     columns = [full.layer_ids.index(i) for i in part.layer_ids]
     np.testing.assert_allclose(part.per_sequence, full.per_sequence[:, columns], rtol=1e-4)
     assert part.details["layer_passes"] < full.details["layer_passes"]

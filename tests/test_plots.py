@@ -112,6 +112,19 @@ def test_importance_by_iteration_keeps_layer_ids(scores):
     assert [t.get_position() for t in ax.texts] == [(5, 0), (9, 1)]
 
 
+def test_a_layer_that_was_not_scored_is_not_drawn_as_removed(scores):
+    """Layer 5 is gone; 4 and 9 are there, and were not on the shortlist."""
+    short = dataclasses.replace(without(scores, 4, 5, 9), details={"unscored": [4, 9]})
+    ax = plots.importance(short)
+    assert len([p for p in ax.patches if p.get_hatch() == "xxx"]) == 1 and ax.get_xlim()[1] > 9
+    assert "no bar: not scored" in [t.get_text() for t in ax.get_legend().get_texts()]
+    assert [c.state for c in short.picture().columns].count("removed") == 1
+    ax = plots.importance_by_iteration([scores, short], [5])
+    marks = {p.get_hatch(): p.get_xy()[0] + 0.5 for p in ax.patches if p.get_hatch() == "xxxx"}
+    assert marks == {"xxxx": 5} and sum(p.get_hatch() == ".." for p in ax.patches) == 2
+    assert "dotted: not scored" in ax.get_xlabel()
+
+
 @pytest.fixture
 def kinds():
     """Of two kinds, layer 3 gone: prose (8 nats, least: 2) and copies (a hundredth of it, least: 5)."""

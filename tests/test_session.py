@@ -18,6 +18,7 @@ from ildlab.errors import DistillError, ExportError, JournalError, MeasureError,
 from ildlab.model.load import LoadedModel
 from ildlab.session.config import SessionConfig
 from ildlab.session.diagnosis import diagnose
+from ildlab.session.forecast import forecast
 from ildlab.session.loop import next_phase
 from ildlab.session.picture import iterations, picture_of
 from ildlab.session.session import PruningSession
@@ -169,6 +170,8 @@ def test_a_shortlist_is_what_scored_least_before_and_stands_next_to_a_gap(make):
     assert (
         len(session.history()) == 4 and picture_of(session.journal).columns and len(iterations(session.journal)) == 3
     )
+    whole = measured[0].seconds * (3 / 6) ** 2  # what all layers take is told from a measurement of all
+    assert forecast(session, "measure", "kl") == pytest.approx(whole)
     with pytest.raises(SessionError, match="shortlist=1"):
         session.run(2, shortlist=1)
     one_pass = make("one pass", metric="block_influence")

@@ -43,6 +43,7 @@ def ablation_steps(
     collected = Collector(config, rows.source, layer_ids, total, rows.kinds)
     details = collected.details
     details |= {"notes": run.notes, "dropped": race.dropped}
+    details["unscored"] = [i for i in student.layer_ids if i not in layer_ids]
     job.want_prior, whole = config.race, 0.0
     for picked in rounds(total, group, first_look(rows.kinds, FIRST) if config.race else None):
         values, alive = run(picked), len(job.alive)

@@ -136,6 +136,11 @@ class LayerScores:
         return [int(i) for i in self.table.index]
 
     @property
+    def unscored(self) -> list[int]:
+        """Layers that were there and not asked for (`measure(..., layers=...)`)."""
+        return list(self.details.get("unscored", ()))
+
+    @property
     def finalists(self) -> list[int]:
         """Layers scored to the end: all of them, but for a race."""
         n, dropped = self.table["n"], self.details.get("dropped", {})
@@ -279,5 +284,6 @@ class LayerScores:
 
     def picture(self) -> Picture:
         """The scores as columns on the stack, layers between them that are gone hatched."""
-        columns = columns_of(range(max(self.layer_ids) + 1), self, here=self.layer_ids)
+        here = [*self.layer_ids, *self.unscored]
+        columns = columns_of(range(max(here) + 1), self, here=here)
         return Picture(columns, f"Importance by {self.metric}", unit_of(self), probability=self.separation())

@@ -62,8 +62,8 @@ def importance(
     ax = new_axes(ax)
     values = table["score"].to_numpy(float)
     chosen = scores.least_important if chosen is None else chosen
-    top = max([*table.index, *removed])
-    gone = sorted(set(removed) | (set(range(top + 1)) - set(table.index)))
+    top = max([*table.index, *removed, *scores.unscored])
+    gone = sorted(set(removed) | (set(range(top + 1)) - {*table.index, *scores.unscored}))
     bars = ax.bar(table.index, values, width=0.8, color=np.where(table.index == chosen, VERMILLION, BLUE), linewidth=0)
     if chosen in table.index:
         bars[table.index.get_loc(chosen)].set(hatch="///", edgecolor="white")
@@ -94,12 +94,13 @@ def importance(
     handles.append(Patch(facecolor=VERMILLION, edgecolor="white", hatch="///", label=f"layer {chosen}: to be removed"))
     handles += [removed_key()] if gone else []
     handles += [Patch(alpha=0, label="≈ tied with the least")] if tied else []
+    handles += [Patch(alpha=0, label="no bar: not scored")] if scores.unscored else []
     legend(ax, handles=handles, **ABOVE, ncols=len(handles))
     return ax
 
 
 def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: Axes | None = None) -> Axes:
-    """Heatmap of importance, iteration by iteration, on layer ids; layers already removed are hatched.
+    """Heatmap of importance, iteration by iteration, on layer ids; layers already removed are hatched, others not scored dotted.
 
     Parameters
     ----------
@@ -113,17 +114,18 @@ def importance_by_iteration(scores: Sequence[Any], removed: Sequence[int], ax: A
     if len(removed) not in (len(scores), len(scores) - 1):
         raise PlotError(f"{len(removed)} removed layers for {len(scores)} iterations: one each, or one fewer.")
     tables = [s.table["score"] for s in scores]
-    top = max([int(t.index.max()) + 1 for t in tables] + [i + 1 for i in removed])
+    top = 1 + max(i for each in (removed, *(t.index for t in tables), *(s.unscored for s in scores)) for i in each)
     grid = pd.DataFrame(tables).reindex(columns=range(top)).to_numpy(float)  # [iterations, layers]
     ax = new_axes(ax, 8.5, 1.4 + 0.36 * len(tables))
     image = heatmap(ax, grid, unit_of(scores[-1]), origin="upper")
     for row, layer_id in np.argwhere(np.isnan(grid)):
-        hatch(ax, layer_id, row, "xxxx", None)
+        hatch(ax, layer_id, row, ".." if layer_id in scores[row].unscored else "xxxx", None)
     for row, layer_id in enumerate(removed[: len(tables)]):
         in_cell(image, layer_id, row, grid[row, layer_id], "×", 13, fontweight="bold")
     ax.xaxis.set_major_locator(MaxNLocator(36, integer=True))
     ax.set_yticks(range(len(tables)), [str(i + 1) for i in range(len(tables))])
-    ax.set_xlabel("layer id (× removed in this iteration, hatched: removed before)")
+    dotted = ", dotted: not scored" if any(s.unscored for s in scores) else ""
+    ax.set_xlabel(f"layer id (× removed in this iteration, hatched: removed before{dotted})")
     ax.set_ylabel("iteration")
     return ax
 

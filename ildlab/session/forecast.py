@@ -17,7 +17,7 @@ def forecast(
     past = [step for step in session.steps if step.action == action and step.whole]
     layers = len(session.student)
     if phase == "measure":
-        past = [step for step in past if step.args["metric"] == metric]
+        past = [step for step in past if step.args["metric"] == metric and not step.args.get("layers")]
     elif phase == "evaluate":
         past = [step for step in past if step.args["suite"] == suite]
     elif phase == "evaluate removal":
