@@ -118,7 +118,13 @@ def test_a_layer_that_was_not_scored_is_not_drawn_as_removed(scores):
     ax = plots.importance(short)
     assert len([p for p in ax.patches if p.get_hatch() == "xxx"]) == 1 and ax.get_xlim()[1] > 9
     assert "no bar: not scored" in [t.get_text() for t in ax.get_legend().get_texts()]
-    assert [c.state for c in short.picture().columns].count("removed") == 1
+    picture = short.picture()
+    assert {c.layer_id: c.state for c in picture.columns if c.state in ("removed", "unscored")} == {
+        4: "unscored",
+        5: "removed",
+        9: "unscored",
+    }
+    assert "not scored this time" in picture.html() and "not scored this time" in picture.columns[4].words
     ax = plots.importance_by_iteration([scores, short], [5])
     marks = {p.get_hatch(): p.get_xy()[0] + 0.5 for p in ax.patches if p.get_hatch() == "xxxx"}
     assert marks == {"xxxx": 5} and sum(p.get_hatch() == ".." for p in ax.patches) == 2

@@ -24,6 +24,7 @@ UNITS = {
     "aggregate": "suite aggregate (0 to 1)",
 }
 SAID = {"suggested": "to be removed next", "tied": "tied with the least important", "dropped": "left the race early"}
+SAID["unscored"] = "not scored this time"
 
 
 def label_of(metric: str) -> str:
@@ -38,7 +39,7 @@ def unit_of(scores: Any) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A layer as it is drawn. `state`: "kept", "suggested", "tied", "dropped" (by a race) or "removed"."""
+    """A layer as it is drawn. `state`: "kept", "suggested", "tied", "dropped" (by a race), "unscored" or "removed"."""
 
     layer_id: int
     state: str = "kept"
@@ -96,6 +97,7 @@ def columns_of(
     shown = scores if shown is None else shown
     states: dict[int, str] = {}
     if scores is not None:
+        states |= dict.fromkeys(scores.unscored, "unscored")
         states |= {i: "dropped" for i in set(scores.layer_ids) - set(scores.finalists)}
         if current:
             states |= dict.fromkeys(scores.tied, "tied") | {scores.least_important: "suggested"}

@@ -25,6 +25,7 @@ LEGEND = {
     "suggested": "▼ to be removed next",
     "tied": "≈ tied with it",
     "dropped": "left the race early, on so many sequences",
+    "unscored": "not scored this time",
     "removed": "× removed",
     "off": "○ switched off",
     "trained": "* trained",
@@ -41,7 +42,7 @@ CSS = """.ild{container-type:inline-size;width:100%;max-width:1800px;font:calc(1
 .ild .kept .bar{fill:#0072B2}.ild .suggested .bar{fill:#D55E00;stroke:currentColor;stroke-width:1.5}
 .ild .tied .bar,.ild .dropped .bar,.ild .off .bar{stroke-width:1.5}
 .ild .tied .bar{stroke:#D55E00}.ild .dropped .bar{fill:#858585;fill-opacity:.35;stroke:#858585}
-.ild .dropped .whisker{stroke-opacity:.35}.ild .off .bar{fill:none;stroke:currentColor;stroke-dasharray:3 3}
+.ild .dropped .whisker{stroke-opacity:.35}.ild .unscored .bar{fill:#858585;fill-opacity:.35}.ild .off .bar{fill:none;stroke:currentColor;stroke-dasharray:3 3}
 .ild .foot,.ild .key .trains .bar{fill:#009E73}.ild .lead{stroke:#D55E00;stroke-dasharray:2 3}.ild .off .id{text-decoration:line-through}
 .ild .glow{fill:#D55E00;fill-opacity:.16}.ild .trains .bar{animation:ild 1.8s ease-in-out infinite}
 @keyframes ild{50%{opacity:.45}}.ild .stale .cols{opacity:.5}.ild .undone{opacity:.45}.ild .cut{fill:none;stroke:#D55E00;stroke-width:1.5}
@@ -92,7 +93,7 @@ class Picture:
 
     def _key(self, name: str) -> str:
         """What colours and signs mean, of those that there are."""
-        states = {c.state for c in self.columns if c.score is not None or c.state == "removed"}
+        states = {c.state for c in self.columns if c.score is not None or c.state in ("unscored", "removed")}
         for mark in ("off", "trained", "trains"):
             states |= {mark for c in self.columns if getattr(c, mark)}
         fills = {"removed": f' fill="url(#{name}x)"', "tied": f' fill="url(#{name})"'}
@@ -188,7 +189,7 @@ def _column(c: Column, i: int, frame: Frame, probability: float | None) -> str:
     x, left, middle, width = frame.x(i), frame.x(i, 0.14), frame.x(i, 0.5), 0.72 * frame.pitch
     here, known = c.state != "removed", c.score is not None
     state = "off" if c.off and here else c.state
-    h = (axis.y(c.score) if known else 12.0 if here else axis.height) * s
+    h = (axis.y(c.score) if known else 4.0 if state == "unscored" else 12.0 if here else axis.height) * s
     out = [
         f"<title>{escape(c.words or f'layer {c.layer_id}')}</title>",
         _rect("hit", x, 19 * s, frame.pitch, base + 2 * s),

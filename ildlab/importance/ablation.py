@@ -42,8 +42,8 @@ def ablation_steps(
     race = Race(layer_ids, config.confidence, config.tie)
     collected = Collector(config, rows.source, layer_ids, total, rows.kinds)
     details = collected.details
-    details |= {"notes": run.notes, "dropped": race.dropped}
-    details["unscored"] = [i for i in student.layer_ids if i not in layer_ids]
+    rest = [i for i in student.layer_ids if i not in layer_ids]
+    details |= {"notes": run.notes, "dropped": race.dropped, "unscored": rest}
     job.want_prior, whole = config.race, 0.0
     for picked in rounds(total, group, first_look(rows.kinds, FIRST) if config.race else None):
         values, alive = run(picked), len(job.alive)
@@ -53,8 +53,8 @@ def ablation_steps(
         details |= {"layer_passes": job.passes, "whole": whole / float(collected.weights.sum())}
         note = run.notes[-1] if run.notes else ""
         if config.race:
-            prior = values[:, alive + 2 :].mean(0) if job.want_prior else None  # [n, L] -> [L]
-            prior = prior if prior is None else prior[[student.position(i) for i in layer_ids]]  # [L] -> [A]
+            at = [alive + 2 + student.position(i) for i in layer_ids]
+            prior = values[:, at].mean(0) if job.want_prior else None  # [n, A] -> [A]
             race.look(*collected.seen(job.alive), prior=prior)
             job.alive, job.want_prior = race.alive, False
             details["stopped"] = race.stopped

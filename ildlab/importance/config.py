@@ -95,9 +95,7 @@ class MeasureConfig:
             raise MeasureError(f"layers={list(self.layers)}: name at least two, of which one is the less important.")
         for kind, level in (self.medians or {}).items():
             if not level > 0:
-                raise MeasureError(
-                    f"medians: that of {kind!r} is {level}; damage is in units of it, so it must be above 0."
-                )
+                raise MeasureError(f"medians: that of {kind!r} is {level}: it must be above 0.")
         for name in ("seed", "tie"):
             if (getattr(self, name) or 0) < 0:
                 raise MeasureError(f"{name}={getattr(self, name)}: it must not be negative.")
