@@ -133,7 +133,7 @@ def test_the_driver_is_killed_and_the_grid_goes_on_on_a_scheduler(notebook, tmp_
     scheduler = subprocess.Popen([*dask, "scheduler", *where, "--port", "0"], cwd=tmp_path)
     worker = subprocess.Popen([*dask, "worker", *where, "--nthreads", "1", "--nworkers", "2"], cwd=tmp_path)
     try:
-        wait_for(address.exists)
+        wait_for(lambda: address.exists() and address.read_text().rstrip().endswith("}"))  # made, and written
         tcp = json.loads(address.read_text())["address"]
         done = subprocess.run(
             command(notebook, grid, "--out", out, "--scheduler", tcp), capture_output=True, text=True, cwd=tmp_path
