@@ -283,7 +283,8 @@ def test_a_kernel_holds_its_point_and_dies_with_its_worker(notebook, tmp_path):
     point = Plan.of(notebook, {"ticks": 1000}).lay_out(tmp_path / "out")[0]
     worker = subprocess.Popen(asked_to_run(point))
     try:
-        wait_for((log := point / "run" / "log").exists)
+        log = point / "run" / "log"
+        wait_for(lambda: log.exists() and log.read_text().strip())
         kernel = int(log.read_text().split()[0])
         assert kernel != worker.pid
         files = [os.readlink(file) for file in Path(f"/proc/{kernel}/fd").iterdir()]
