@@ -164,8 +164,8 @@ def test_token_scores_survive_large_logits(tiny, tokens):
 class Table:
     """Stands in for a model: looks scores up, so that races can be run by the hundred."""
 
-    def __init__(self, layer_ids, values, prior):
-        self.alive, self.values, self.prior = layer_ids, values, prior
+    def __init__(self, student, values, prior):
+        self.alive, self.values, self.prior = student.layer_ids, values, prior
         self.want_prior, self.passes, self.rows = False, 0, []
 
     def __call__(self, rows):
@@ -180,7 +180,9 @@ class Table:
 def race(monkeypatch, tiny_stack, values, prior=None, **options):
     prior = np.zeros_like(values) if prior is None else prior
     made = []
-    monkeypatch.setattr(ablation, "_Job", lambda *given: made.append(Table(given[-1], values, prior)) or made[0])
+    monkeypatch.setattr(
+        ablation, "_Job", lambda student, *a, **k: made.append(Table(student, values, prior)) or made[0]
+    )
     rows = torch.randint(3, 97, (len(values), 8))
     return measure(tiny_stack, rows, "nll", race=True, batch_size=4, **options), made[0]
 

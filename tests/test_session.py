@@ -167,9 +167,10 @@ def test_a_shortlist_is_what_scored_least_before_and_stands_next_to_a_gap(make):
             wanted |= {*[k for k in here if k < i][-1:], *[k for k in here if k > i][:1]}
         assert later.args["layers"] == sorted(wanted) == session.scores_at(later.step).layer_ids
     assert session.removed == [session.scores_at(step.step).least_important for step in measured]
-    assert (
-        len(session.history()) == 4 and picture_of(session.journal).columns and len(iterations(session.journal)) == 3
-    )
+    assert len(iterations(session.journal)) == 3
+    states = {c.layer_id: c.state for c in picture_of(session.journal, measured[-1].step).columns}
+    assert {i for i, state in states.items() if state == "unscored"} == set(here) - set(measured[-1].args["layers"])
+    assert {i for i, state in states.items() if state == "removed"} == set(gone)
     whole = measured[0].seconds * (3 / 6) ** 2  # what all layers take is told from a measurement of all
     assert forecast(session, "measure", "kl") == pytest.approx(whole)
     with pytest.raises(SessionError, match="shortlist=1"):
@@ -771,7 +772,6 @@ KILLER = """
 import json, os, re, signal, sys
 import accelerate, transformers.models.llama  # once, for all children
 from ildlab.model.load import LoadedModel
-from ildlab.session.picture import iterations, picture_of
 from ildlab.session.session import PruningSession
 
 for folder, phase, times in json.loads(sys.argv[1]):

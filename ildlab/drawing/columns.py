@@ -23,8 +23,12 @@ UNITS = {
     "perplexity": "perplexity",
     "aggregate": "suite aggregate (0 to 1)",
 }
-SAID = {"suggested": "to be removed next", "tied": "tied with the least important", "dropped": "left the race early"}
-SAID["unscored"] = "not scored this time"
+SAID = {
+    "suggested": "to be removed next",
+    "tied": "tied with the least important",
+    "dropped": "left the race early",
+    "unscored": "not scored this time",
+}
 
 
 def label_of(metric: str) -> str:

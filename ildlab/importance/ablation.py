@@ -33,7 +33,7 @@ def ablation_steps(
     """Sweep all layers, or race them; in a race, Block Influence of the first batch's tokens is the prior."""
     layer_ids = sorted(set(config.layers or student.layer_ids), key=student.position)
     total, depth = len(rows.tokens), len(layer_ids)
-    job = _Job(student, teacher, rows, config, layer_ids)
+    job = _Job(student, teacher, rows, config)
     group = config.batch_size
     if not config.race:  # a race would decide too late
         one = rows.tokens.shape[1] * student.hidden_size * student.model.dtype.itemsize * (depth + 1)
@@ -41,10 +41,10 @@ def ablation_steps(
     run = SmallerOnOOM(job, group)
     race = Race(layer_ids, config.confidence, config.tie)
     collected = Collector(config, rows.source, layer_ids, total, rows.kinds)
+    unscored = sorted({*student.layer_ids} - {*layer_ids})
     details = collected.details
-    rest = [i for i in student.layer_ids if i not in layer_ids]
-    details |= {"notes": run.notes, "dropped": race.dropped, "unscored": rest}
-    job.want_prior, whole = config.race, 0.0
+    details |= {"notes": run.notes, "dropped": race.dropped, "unscored": unscored}
+    job.alive, job.want_prior, whole = layer_ids, config.race, 0.0
     for picked in rounds(total, group, first_look(rows.kinds, FIRST) if config.race else None):
         values, alive = run(picked), len(job.alive)
         weights = values[:, alive + 1]
@@ -75,12 +75,10 @@ class _Job:
     `want_prior` the Block Influence of all L layers on the same tokens.
     """
 
-    def __init__(
-        self, student: LayerStack, teacher: LayerStack | None, rows: Rows, config: MeasureConfig, layer_ids: list[int]
-    ):
+    def __init__(self, student: LayerStack, teacher: LayerStack | None, rows: Rows, config: MeasureConfig):
         self.student, self.teacher, self.rows, self.config = student, teacher, rows, config
         self.places = Positions.sample(rows, config.positions, config.seed, predict=config.metric == "nll")
-        self.alive = layer_ids
+        self.alive = student.layer_ids
         self.want_prior = False
         self.passes = 0  # of a layer, for a batch
         # Up to where teacher and student are one: one pass serves both.

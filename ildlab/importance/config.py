@@ -38,8 +38,7 @@ class MeasureConfig:
     layers : sequence of int, optional
         nll, kl: score these layers alone, two or more; the others have no score. By default all.
     medians : dict, optional
-        nll, kl: of text of several kinds, the median layer's damage to each, as an earlier measurement has it
-        (`LayerScores.details["medians"]`); by default told from the layers scored.
+        nll, kl: a median layer's damage to each kind of text, by default that of the layers scored (`details["medians"]`).
     positions : int, optional
         taylor, nll, kl: score a seeded random sample of so many positions of each sequence, so that the head is paid
         only there (unbiased; the layers still see the whole sequence). By default all.

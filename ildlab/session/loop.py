@@ -138,7 +138,7 @@ def _phase_steps(run: Run, settings: RunSettings, phase: str, label: str, place:
         # A removal that is finally distilled is judged once more after that.
         ends &= len(run.student) == settings.target_layers and (phase == "evaluate" or not settings.final)
     if phase == "measure":
-        work = actions.measure_steps(run, **(_shortlisted(run, settings.shortlist) if settings.shortlist else {}))
+        work = actions.measure_steps(run, **_shortlisted(run, settings.shortlist))
     elif phase == "distill":
         work = actions.distill_steps(run)
     elif phase == "final distillation":
@@ -160,16 +160,16 @@ def _told(found: Evaluation, step: Step) -> str:
     return note
 
 
-def _shortlisted(run: Run, count: int) -> dict[str, Any]:
+def _shortlisted(run: Run, count: int | None) -> dict[str, Any]:
     """Options of `measure` for the layers that may be the least important by what was measured before; none, for all."""
-    above, scores = {}, None  # layer id -> how far above the least it was, when it was scored last
-    for step in run.path:
-        if step.action == "measure" and step.args["metric"] == run.config.metric:
-            scores = run.scores_at(step.step)
-            # Not the score: it has in it what all removals so far cost, and grows with every one.
-            above |= (scores.table["score"] - scores.table["score"].min()).to_dict()
-    if scores is None or scores.metric not in ABLATION:
+    metric = run.config.metric
+    before = [step.step for step in run.path if step.action == "measure" and step.args["metric"] == metric]
+    if not count or not before or metric not in ABLATION:
         return {}
+    above: dict[int, float] = {}  # layer id -> how far above the least it was, when it was scored last
+    for scores in map(run.scores_at, before):
+        # Not the score: it has in it what all removals so far cost, and grows with every one.
+        above |= (scores.table["score"] - scores.table["score"].min()).to_dict()
     least = sorted(set(above) & set(run.student.layer_ids), key=above.get)[:count]
     # A layer next to a gap may matter less once its neighbour is gone, however it stood.
     near = resolve_scope("neighbours", run.student, run.removed) if run.removed else []
