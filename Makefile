@@ -15,9 +15,9 @@ STAMP := $(VENV)/.setup-stamp
 CACHE := $(or $(ILDLAB_CACHE),$(HOME)/.cache/ildlab)
 MODEL := $(CACHE)/models/smollm2-135m/config.json
 TEXT := $(VENV)/.text-stamp
-# Batch notebooks beside the first one are run by tests/notebooks, with small parameters; and so is the one that reads a
-# grid, since as it stands it makes one first.
-NOTEBOOKS = $(filter-out notebooks/05_%,$(wildcard notebooks/*.ipynb)) notebooks/batch/iterate.ipynb
+# Batch notebooks are run by tests/notebooks, with small parameters; and so is the one that reads a grid, since as it
+# stands it makes one first.
+NOTEBOOKS = $(filter-out notebooks/05_%,$(wildcard notebooks/*.ipynb))
 # Added to pytest's run, such as PYTEST_FLAGS="-k text".
 PYTEST_FLAGS ?=
 
@@ -52,7 +52,7 @@ $(TEXT): | $(STAMP)
 demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoint
 	$(BIN)/python tools/demo.py
 
-test: setup browser  ## All tests, and every notebook from top to bottom
+test: setup browser  ## All tests, and every notebook (the batch ones with small parameters)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 		--nbval-lax --nbval-cell-timeout 900 --timeout 900 $(PYTEST_FLAGS) tests $(NOTEBOOKS)
 

@@ -19,9 +19,10 @@ from ildlab.distill.batches import Counts, row_order
 from ildlab.distill.config import DistillConfig
 from ildlab.distill.losses import divergence
 from ildlab.distill.masters import Masters
+from ildlab.distill.plan import Plan
 from ildlab.distill.scope import match_points, resolve_scope, runs
 from ildlab.distill.step import DistillStep
-from ildlab.distill.train import distill, distill_steps
+from ildlab.distill.train import distill, distill_steps, learning_rate
 from ildlab.errors import DistillError, NotFiniteError, TextError
 from ildlab.model.load import load_model
 from ildlab.model.stack import LayerStack
@@ -392,7 +393,9 @@ def test_local_loss_and_gradients_restated(tiny):
 
 def test_the_local_stage_comes_first_and_runs_nothing_above(tiny):
     student, teacher = pair(tiny, layers=8)
-    config = replace(BASE, scope="neighbours", tokens=4 * 12 * 3, local_tokens=4 * 12 * 20, warmup=0.0)
+    config = replace(
+        BASE, scope="neighbours", tokens=4 * 12 * 3, local_tokens=4 * 12 * 20, local_rate=2e-3, warmup=0.0
+    )
     ran = []
     hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(teacher.layers)]
     result = distill(student, teacher, rows(), config, gap=2)
@@ -410,6 +413,16 @@ def test_the_local_stage_comes_first_and_runs_nothing_above(tiny):
     assert ran.count(7) == 3 + 2  # the top layer: in the joint steps, and twice to see what the local stage did
     took = joint.seconds.iloc[-1] - local.seconds.iloc[-1]  # each stage has a speed of its own
     assert joint.tokens_per_second.iloc[-1] == pytest.approx(3 * 48 / took)
+
+
+@pytest.mark.parametrize("steps, rate", [(1, 2e-5), (32, 6.4e-4), (100, 2e-3), (500, 2e-3)])
+def test_a_short_local_stage_takes_a_lower_rate_unless_one_is_named(tiny, steps, rate):
+    config = replace(BASE, scope="neighbours", warmup=0.0, local_tokens=4 * 12 * steps)
+    plan = Plan.of(*pair(tiny), rows(), config, gap=2)
+    assert plan.local_steps == steps and learning_rate(plan, 0) == pytest.approx(rate)
+    assert learning_rate(plan, steps) == config.learning_rate  # the second stage has its own
+    named = Plan.of(*pair(tiny), rows(), replace(config, local_rate=3e-3), gap=2)
+    assert learning_rate(named, 0) == 3e-3
 
 
 def test_a_local_stage_that_does_harm_is_taken_back(tiny, tmp_path):
@@ -450,7 +463,7 @@ def test_a_local_loss_that_is_not_finite_names_its_layer(tiny):
     with torch.no_grad():
         student.layers[student.position(3)].mlp.down_proj.weight.fill_(float("inf"))
     config = replace(BASE, scope="neighbours", local_tokens=96)
-    with pytest.raises(NotFiniteError, match=r"step 1 \(learning rate 0.002\).*layers \[3\].*lower local_rate"):
+    with pytest.raises(NotFiniteError, match=r"step 1 \(learning rate 4e-05\).*layers \[3\].*lower local_rate"):
         distill(student, teacher, rows(), config, gap=2)
 
 

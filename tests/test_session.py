@@ -212,6 +212,25 @@ def test_a_run_made_when_distillation_had_one_stage_stays_what_it_was(make):
     again.close()
 
 
+@pytest.mark.parametrize("rate, done", [(2e-3, True), (1e-3, False)])
+def test_a_final_distillation_journaled_when_local_stages_had_one_rate_is_known_as_done(make, rate, done):
+    session = make()
+    session.run(5, distill=False, final={"tokens": 8 * 32, "local_tokens": 8 * 32})
+    session.close()
+    file = session.folder / "journal.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for step in lines:
+        del step["sha256"]
+        if step["action"] == "distill":
+            assert step["args"]["config"]["local_rate"] is None
+            step["args"]["config"]["local_rate"] = rate
+    file.write_text("".join(json.dumps(step) + "\n" for step in lines))
+    again = PruningSession.open(session.folder, dtype="float32")
+    again.run(5, distill=False, final={"tokens": 8 * 32, "local_tokens": 8 * 32})
+    assert (len(again.steps) == len(lines)) == done
+    again.close()
+
+
 @pytest.mark.parametrize("short", ["calibration_tokens", "train_tokens", "eval_tokens"])
 def test_each_kind_of_a_text_needs_its_blocks_before_anything_is_made(make, tmp_path, short):
     enough = {"calibration_tokens": 12 * 128, "train_tokens": 6 * 128, "eval_tokens": 6 * 128}

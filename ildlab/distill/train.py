@@ -280,8 +280,8 @@ def learning_rate(plan: Plan, step: int) -> float:
     """Learning rate of a step, counted from 0: in each stage a linear rise, then the schedule."""
     config, local = plan.config, plan.local_steps
     step, total, peak = step - local, plan.steps - local, config.learning_rate
-    if step < 0:
-        step, total, peak = step + local, local, config.local_rate
+    if step < 0:  # a few dozen steps at the rate of hundreds leave a student worse than they found it
+        step, total, peak = step + local, local, config.local_rate or min(2e-3, 2e-5 * local)
     rising = max(1, round(config.warmup * total))
     if step < rising:
         return peak * (step + 1) / rising

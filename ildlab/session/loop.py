@@ -5,7 +5,7 @@ What comes next is told from the journal alone: a run that was killed, or steere
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -206,15 +206,18 @@ def _final_config(run: Run, changes: dict[str, Any]) -> DistillConfig:
 def _finally_distilled(run: Run, changes: dict[str, Any]) -> bool:
     """Whether the final distillation is in the journal, after the last removal."""
     last = max(i for i, step in enumerate(run.path) if step.action == "remove")
-    # Data order follows the place in the run, whatever seed the config names.
-    wanted = _final_config(run, changes).to_dict() | {"seed": None}
+    wanted = _deciding(_final_config(run, changes).to_dict())
     return any(
-        # An older ildlab knew of one stage.
-        DistillConfig.from_dict({"local_tokens": 0} | step.args["config"] | {"seed": None}).to_dict() == wanted
-        and step.args["gap"] == run.removed
+        _deciding(step.args["config"]) == wanted and step.args["gap"] == run.removed
         for step in run.path[last:]
         if step.action == "distill" and step.whole
     )
+
+
+def _deciding(config: dict[str, Any]) -> DistillConfig:
+    # Data order follows the place in the run, whatever seed is named. An older ildlab knew of one stage, then of one local rate.
+    whole = DistillConfig.from_dict({"local_tokens": 0} | config | {"seed": None})
+    return replace(whole, local_rate=whole.local_rate or 2e-3)
 
 
 def _checked(run: Run, settings: RunSettings) -> tuple[RunSettings, bool]:

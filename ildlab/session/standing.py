@@ -31,11 +31,10 @@ class Standing:
     def __str__(self) -> str:
         changed = {k: v for k, v in self.config.items() if v != getattr(DistillConfig(), k) and k != "seed"}
         told = "".join(f", {k} {v}" for k, v in changed.items())
+        stands = f"stands at {self.done} of {self.total} steps"
         if self.damage:
-            return (
-                f"A distillation around layers {self.gap} left a checkpoint that cannot be read ({self.damage}){told}"
-            )
-        return f"A distillation around layers {self.gap} stands at {self.done} of {self.total} steps{told}"
+            stands = f"left a checkpoint that cannot be read ({self.damage})"
+        return f"A distillation around layers {self.gap} {stands}{told}"
 
 
 def beside(checkpoint: Path) -> Path:

@@ -70,6 +70,18 @@ def test_the_demo_and_papermill_that_goes_on_with_its_run(parameters, tmp_path):
     assert run_folder(tmp_path / "x") == tmp_path / "x-2"
 
 
+def test_the_bundled_model_loses_a_layer(tmp_path):
+    import papermill
+
+    small = {"target_layers": 29, "text": "teacher-samples", "metric": "block_influence", "train_tokens": 1024}
+    papermill.execute_notebook(
+        BATCH / "iterate.ipynb", tmp_path / "a.ipynb", small | {"run_folder": str(tmp_path / "run")}, progress_bar=False
+    )
+    told = text_of(nbformat.read(tmp_path / "a.ipynb", 4))
+    assert "30 layers: removed layer" in told and "did harm" not in told and "logits equal" in told
+    assert (tmp_path / "run" / "checkpoint-29-layers" / "model.safetensors").is_file()
+
+
 def test_a_run_whose_first_removal_costs_too_much_still_reports(parameters, tmp_path):
     import papermill
 
