@@ -267,6 +267,7 @@ BAD = {
     "create tokens word": (lambda p: create(p, eval_tokens="many"), "eval_tokens='many'"),
     "create metric": (lambda p: create(p, metric="magic"), "no metric 'magic'"),
     "create measure": (lambda p: create(p, measure={"rase": True}), "no option 'rase'"),
+    "create measure of some layers": (lambda p: create(p, measure={"layers": [1, 2]}), "shortlist"),
     "create measure word": (lambda p: create(p, measure="race"), "measure='race': it must be a mapping"),
     "create distill": (lambda p: create(p, distill={"scope": "al"}), "scope='al'"),
     "create distill list": (lambda p: create(p, distill=[1]), "distill=\\[1\\]: it must be a mapping"),

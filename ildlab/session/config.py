@@ -79,6 +79,8 @@ class SessionConfig:
             if not getattr(config, name).strip():
                 raise SessionError(f"{name}={getattr(config, name)!r}: it must not be empty.")
         distill, _ = DistillConfig.from_dict(config.distill), check_options(config.metric, config.measure)
+        if some := sorted({"layers", "medians"} & set(config.measure)):
+            raise SessionError(f"measure={some}: a run's layers change. Give it to measure(), or shortlist to run().")
         nested = {
             "distill": _plain(read_values(DistillConfig, config.distill, DistillError)),
             "measure": _plain(read_values(MeasureConfig, config.measure, MeasureError)),
@@ -98,9 +100,7 @@ class SessionConfig:
         if config.processes < 1:
             raise SessionError(f"processes={config.processes}: at least 1 distills.")
         if distill.batch_size % config.processes:
-            raise SessionError(
-                f"processes={config.processes}: they cannot share batch_size={distill.batch_size} evenly. Change either."
-            )
+            raise SessionError(f"processes={config.processes} cannot share batch_size={distill.batch_size} evenly.")
         if config.seed < 0:
             raise SessionError(f"seed={config.seed}: it must not be negative.")
         return config
