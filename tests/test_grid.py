@@ -84,7 +84,7 @@ def early(out: Path) -> list[Path]:
     return [log.parents[1] for log in logs if state_of(log.parents[1])["state"] == "running"]
 
 
-def test_a_worker_is_killed_midway_and_all_points_are_done_once(notebook, tmp_path):
+def test_a_worker_is_killed_midway_and_all_points_are_done_once(notebook, tmp_path, capfd):
     out, killed, notes = tmp_path / "out", [], []
     for progress in run_grid_steps(notebook, CUBE | {"ticks": 6}, out, workers=2):
         notes.append(progress.note)
@@ -108,6 +108,7 @@ def test_a_worker_is_killed_midway_and_all_points_are_done_once(notebook, tmp_pa
     before = {log: log.read_bytes() for log in out.glob("*/run/log")}
     assert run_grid(notebook, CUBE | {"ticks": 6}, out).equals(table)
     assert {log: log.read_bytes() for log in out.glob("*/run/log")} == before
+    assert "IPKernelApp" not in capfd.readouterr().err  # no word of a kernel itself on the driver's screen
 
 
 def command(*arguments) -> list[str]:

@@ -75,6 +75,7 @@ def main(arguments: list[str] | None = None) -> Path:
             log_output=True,
             progress_bar=False,
             kernel_name="python3",
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else its first line warns of every kernel's transport
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
         )

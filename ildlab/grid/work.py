@@ -28,8 +28,7 @@ from ildlab.files import write_atomic, writing
 NOTEBOOK, PARAMETERS, STATE, RUN = "notebook.ipynb", "parameters.json", "state.json", "run_folder"
 ENDED = ("done", "failed")
 NEEDS = (
-    "A worker needs ildlab of the driver's version with its extra `grid`, and to see the grid's folder, models and texts "
-    "by the same paths as the driver."
+    "A worker needs the driver's ildlab with its extra `grid`, and the same paths to the grid's folder, models, texts."
 )
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _PDEATHSIG = 1  # of prctl
@@ -144,6 +143,7 @@ def _execute(point: Path, lock: int) -> None:
         parameters,
         kernel_name="python3",  # of the worker's own Python, whatever the author's is called
         progress_bar=False,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else it warns of its transport on the driver's screen
         kernel_manager_class=_kernel_manager(point, lock),
     )
 
