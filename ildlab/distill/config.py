@@ -91,8 +91,9 @@ class DistillConfig:
             self._require(name, (getattr(self, name) or 0) >= 0, "it cannot be negative")
         for name in ("batch_size", "tokens", "micro_batch", "kl_positions", "checkpoint_every"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "it must be at least 1")
-        for name in ("learning_rate", "local_rate", "clip"):
-            self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "it must be above 0")
+        self._require("learning_rate", self.learning_rate > 0, "it must be above 0")
+        for name in ("local_rate", "clip"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) > 0, "it must be above 0, or None")
         self._require("warmup", 0 <= self.warmup <= 1, "it is a part of the steps, from 0 to 1")
         if self.reduction == "paper" and (
             self.hidden_loss != "mse"

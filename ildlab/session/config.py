@@ -100,7 +100,9 @@ class SessionConfig:
         if config.processes < 1:
             raise SessionError(f"processes={config.processes}: at least 1 distills.")
         if distill.batch_size % config.processes:
-            raise SessionError(f"processes={config.processes} cannot share batch_size={distill.batch_size} evenly.")
+            raise SessionError(
+                f"processes={config.processes} cannot share batch_size={distill.batch_size} evenly: change either."
+            )
         if config.seed < 0:
             raise SessionError(f"seed={config.seed}: it must not be negative.")
         return config

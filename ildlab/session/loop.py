@@ -206,18 +206,15 @@ def _final_config(run: Run, changes: dict[str, Any]) -> DistillConfig:
 def _finally_distilled(run: Run, changes: dict[str, Any]) -> bool:
     """Whether the final distillation is in the journal, after the last removal."""
     last = max(i for i, step in enumerate(run.path) if step.action == "remove")
-    wanted = _deciding(_final_config(run, changes).to_dict())
+    # Data order follows the place in the run, not a seed. An older ildlab knew of one stage, then of one local rate.
+    wanted = replace(_final_config(run, changes), seed=None)
+    older = wanted if wanted.local_rate else replace(wanted, local_rate=2e-3)
     return any(
-        _deciding(step.args["config"]) == wanted and step.args["gap"] == run.removed
+        DistillConfig.from_dict({"local_tokens": 0} | step.args["config"] | {"seed": None}) in (wanted, older)
+        and step.args["gap"] == run.removed
         for step in run.path[last:]
         if step.action == "distill" and step.whole
     )
-
-
-def _deciding(config: dict[str, Any]) -> DistillConfig:
-    # Data order follows the place in the run, whatever seed is named. An older ildlab knew of one stage, then of one local rate.
-    whole = DistillConfig.from_dict({"local_tokens": 0} | config | {"seed": None})
-    return replace(whole, local_rate=whole.local_rate or 2e-3)
 
 
 def _checked(run: Run, settings: RunSettings) -> tuple[RunSettings, bool]:
