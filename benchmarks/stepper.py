@@ -95,8 +95,6 @@ def in_a_browser() -> list[dict]:
         return []
     notebook = nbformat.read(Path(__file__).parents[1] / "notebooks" / "01_step_through_pruning.ipynb", 4)
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    # Long enough a distillation for all of the clicks.
-    cells[0] = cells[0].replace("train_tokens=4096", "train_tokens=32768")
     with (
         tempfile.TemporaryDirectory() as folder,
         jupyterlab(Path(folder), cells) as (address, _),

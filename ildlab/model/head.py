@@ -105,7 +105,7 @@ def beside_teacher(
 
     def chunk(part: slice) -> list[Tensor]:
         gold = targets[part]
-        theirs = _log_q(teacher, teacher_hidden, part).to(stack_device)
+        theirs = _log_q(teacher, teacher_hidden, part).to(student.device)
         nll = nll_per_token(theirs, gold)
         if hidden is teacher_hidden:
             return [nll, nll, torch.zeros_like(nll), torch.ones_like(nll)]
@@ -113,12 +113,12 @@ def beside_teacher(
         same = (mine.argmax(-1) == theirs.argmax(-1)).to(nll.dtype)
         return [nll_per_token(mine, gold), nll, kl_per_token(theirs, mine), same]
 
-    stack_device = student.device
     return _by_chunks(student, len(targets), chunk)
 
 
 def _log_q(stack: LayerStack, hidden: Tensor, part: slice) -> Tensor:
-    return log_probabilities(stack.logits(hidden[part]))
+    logits = wide(stack.logits(hidden[part]))
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))  # in place: a copy takes a tenth of the head's time
 
 
 def _by_chunks(stack: LayerStack, n: int, rows_of) -> Tensor:

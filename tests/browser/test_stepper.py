@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium"),
 ]
 
-SMALL = """text="python-docs", block=32, calibration_tokens=128, train_tokens=4096, eval_tokens=128, metric="block_influence",
+SMALL = """text="python-docs", block=32, calibration_tokens=128, train_tokens=1536, eval_tokens=128, metric="block_influence",
     distill={"kl_positions": 8, "batch_size": 2, "scope": "neighbours", "local_tokens": 0, "hidden_weight": 1.0,
              "learning_rate": 2e-4}"""
 CELLS = [
@@ -220,8 +220,7 @@ def test_the_keyboard_alone_does_the_loop(lab, page, tmp_path):
 
 def test_the_loop_runs_live_to_an_exported_checkpoint(tmp_path):
     """From "run all" to a checkpoint, by who reads the page alone: run to 28 layers, open history, export."""
-    cell = CELLS[0].replace("train_tokens=4096", "train_tokens=1536")  # two distillations: each a third of the flow's
-    with jupyterlab(tmp_path, [cell], THEME) as (address, work), browser(tmp_path / "profile", 1500) as page:
+    with jupyterlab(tmp_path, CELLS[:1], THEME) as (address, work), browser(tmp_path / "profile", 1500) as page:
         begin(page, address)
         page.locator(".ildlab-stepper button").filter(has_text="Run to 28 layers").click()
         wait_status(page, r"Run: 1/2.*Distill|Run: 1/2.*distill", 400)
