@@ -855,6 +855,28 @@ def test_worker_pause_holds_and_stop_frees():
     assert worker.wait(5) and ends[-1].state == "stopped"
 
 
+def test_a_pause_while_a_phase_is_drawn_is_not_talked_over(session):
+    stepper = Stepper(session)
+    draw = stepper.refresh
+
+    def paused_meanwhile(said="Ready."):
+        if said.startswith("Run: ") and stepper.worker.busy and not stepper.worker.paused:
+            stepper.pause.click()
+        draw(said)
+
+    stepper.refresh = paused_meanwhile
+    stepper.goal.value = 6
+    stepper.run.click()
+    end = time.monotonic() + 60
+    while "(paused)" not in stepper.stack.status and time.monotonic() < end:
+        time.sleep(0.01)
+    held = stepper.stack.status
+    stepper.refresh = draw
+    stepper.stop.click()
+    assert stepper.worker.wait(60)
+    assert re.match(r"Run: \d+/\d+ \(paused\)", held)
+
+
 def test_worker_outlives_a_callback_that_raises(monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     worker, ends = Worker(), []

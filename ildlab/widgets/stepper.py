@@ -116,11 +116,11 @@ class Stepper(View):
         self.stack.done = p.done / max(p.total, 1)
         going = p.done > first and not self.worker.paused
         self.stack.left = (now - since) * (p.total - p.done) / (p.done - first) if going else -1.0
-        held = " (paused)" if self.worker.paused else ""
-        self._say(f"{name}: {p.done}/{p.total}{held}. {p.note}")
-        if len(self.session.steps) != self._seen:  # a phase of the loop has ended
-            self.refresh(f"{name}: {p.done}/{p.total}. {p.note}")
+        ended = len(self.session.steps) != self._seen  # a phase of the loop
+        (self.refresh if ended else self._say)(f"{name}: {p.done}/{p.total}. {p.note}")
         self._partial(p.partial)
+        if self.worker.paused:  # said last, so that a click on Pause during the above is not talked over
+            self._say(f"{name}: {p.done}/{p.total} (paused). {p.note}")
 
     def _end(self, name: str, steps: int, outcome: Outcome) -> None:
         self.stack.done = self.stack.left = -1.0
