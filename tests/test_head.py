@@ -57,6 +57,8 @@ def test_log_probabilities_of_a_large_vocabulary_are_exact():
     kl = head.kl_per_token(head.log_probabilities(logits), head.log_probabilities(other))
     wanted = (exact.exp() * (exact - other.double().log_softmax(-1))).sum(-1)
     torch.testing.assert_close(kl.double(), wanted, rtol=2e-3, atol=1e-7)
+    before, whole = logits.clone(), head.log_probabilities(logits)
+    assert torch.equal(logits, before) and torch.equal(head.log_probabilities(before, in_place=True), whole)
     assert head.log_probabilities(logits.bfloat16()).dtype == torch.float32
     assert head.log_probabilities(logits[:1].double()).dtype == torch.float64
 
