@@ -21,21 +21,24 @@ NOTEBOOKS = $(filter-out notebooks/05_%,$(wildcard notebooks/*.ipynb))
 # Added to pytest's run, such as PYTEST_FLAGS="-k text".
 PYTEST_FLAGS ?=
 
-.PHONY: help setup demo test lab bench models lint browser
+.PHONY: help setup ready demo test lab bench models lint browser
 
 help:  ## Show what there is to make
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(STAMP)  ## Make .venv with pinned packages, prepare the bundled model and Python's docs
-	@$(MAKE) --no-print-directory -s -j2 $(MODEL) $(TEXT)
+setup:  ## Make .venv with pinned packages, prepare the bundled model and Python's docs
+	@$(MAKE) --no-print-directory -s -j2 ready
 
+ready: $(MODEL) $(TEXT)
+
+# pip would compile all 19,000 files, a minute's work: the tenth that is ever imported is compiled, and kept, then.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -x $(BIN)/python ]; then \
 		[ -n "$(PYTHON)" ] || { echo "ildlab needs Python 3.11 or newer, and found none: make PYTHON=/path/to/python ..."; exit 1; }; \
 		$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No virtual environment could be made (on Debian: apt-get install python3-venv)."; exit 1; }; \
 	fi
 	@echo "1/3 Packages into $(VENV): torch, transformers, JupyterLab and what they need, some 2 GB; a few minutes."
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]" \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e ".[$(EXTRAS)]" \
 		| grep --line-buffered -vE '^(Requirement already|Looking in|  Using cached)' || [ $${PIPESTATUS[0]} = 0 ]
 	@touch $@
 
@@ -52,7 +55,8 @@ $(TEXT): | $(STAMP)
 demo: setup  ## SmolLM2-135M from 30 layers to 26: report, journal and checkpoint
 	$(BIN)/python tools/demo.py
 
-test: setup browser  ## All tests, and every notebook (the batch ones with small parameters)
+test:  ## All tests, and every notebook (the batch ones with small parameters)
+	@$(MAKE) --no-print-directory -s -j2 ready browser
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 		--nbval-lax --nbval-cell-timeout 900 --timeout 900 $(PYTEST_FLAGS) tests $(NOTEBOOKS)
 

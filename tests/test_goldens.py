@@ -176,7 +176,7 @@ def test_golden(name):
 
 
 @pytest.mark.slow
-def test_golden_session(tmp_path):
+def test_golden_session(tmp_path, short_speed):
     wanted = json.loads((FOLDER / "session.json").read_text())
     assert_same(json.loads(json.dumps(record_session(tmp_path))), wanted, 1e-3)
 

@@ -16,6 +16,7 @@ from ildlab.distill.config import DistillConfig
 from ildlab.distill.scope import resolve_scope
 from ildlab.errors import DistillError, ExportError, JournalError, MeasureError, SessionError, SuiteError, TextError
 from ildlab.model.load import LoadedModel
+from ildlab.session import actions
 from ildlab.session.config import SessionConfig
 from ildlab.session.diagnosis import diagnose
 from ildlab.session.forecast import forecast
@@ -96,6 +97,33 @@ def test_whole_run(make):
     losses = session.losses()
     assert losses["iteration"].unique().tolist() == [1, 2]
     assert losses["step"].is_monotonic_increasing
+
+
+def test_what_was_judged_before_any_distillation_is_not_judged_again(make, monkeypatch):
+    session = make()
+    session.remove(2)
+    before = session.evaluate(False)
+    session.distill()
+    judged, real = [], actions.judge_steps
+    monkeypatch.setattr(
+        actions, "judge_steps", lambda student, *a, **k: judged.append(student) or real(student, *a, **k)
+    )
+    after = session.evaluate(False)
+    assert judged == [session.student] and after.kl != before.kl
+    bare = session.steps[-1].result["undistilled"]
+    assert bare == {name: getattr(before, name) for name in ("perplexity", "kl", "agreement")}
+    # Two layers gone, and never judged together without a distillation before: another pass.
+    session.remove(3)
+    session.evaluate(False)
+    assert [stack.layer_ids for stack in judged[1:]] == [session.student.layer_ids] * 2
+    assert judged[2] is not session.student and session.steps[-1].result["undistilled"]["kl"] != bare["kl"]
+    # Nor is what was found on another text.
+    session.undo(next(step.step for step in session.steps if step.action == "evaluate"))
+    session.distill()
+    other = session.text("calibration")
+    monkeypatch.setattr(session, "text", lambda split: other)
+    session.evaluate(False)
+    assert len(judged) == 5
 
 
 def test_prune_only_then_one_final_distillation(make):
@@ -791,6 +819,7 @@ KILLER = """
 import json, os, re, signal, sys
 import accelerate, transformers.models.llama  # once, for all children
 from ildlab.model.load import LoadedModel
+from ildlab.session import actions
 from ildlab.session.session import PruningSession
 
 for folder, phase, times in json.loads(sys.argv[1]):

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +67,19 @@ def remove(run: Run, layer_id: int | None = None, *, scores: LayerScores | None 
     """
     with run.acting("remove a layer"):
         scores, student = scores or run.scores, run.student
-        if layer_id is None:
-            if scores is None:
-                raise SessionError(
-                    "The student changed since it was last measured: measure() first, or say which layer_id to remove."
-                )
         if layer_id is not None:
             student.position(layer_id)
+        elif scores is None:
+            raise SessionError("The student changed since it was measured: measure() first, or give a layer_id.")
         if len(student) == 1:
             raise SessionError("The student has one layer left; it cannot be removed.")
         layer_id = _that_can_go(student, _by_rank(scores, student) if layer_id is None else [layer_id])
         known = scores is not None and layer_id in scores.table.index
-        told = {"score": float(scores.table.loc[layer_id, "score"]) if known else None}
+        told = {"layer_id": layer_id, "score": float(scores.table.loc[layer_id, "score"]) if known else None}
         told["metric"] = scores.metric if scores else None
         left = [i for i in student.layer_ids if i != layer_id]
         # The journal first: if it cannot be written, the student has not changed either.
-        run.journal.append("remove", layer_ids=left, args={"layer_id": layer_id, **told}, seed=run.seed)
+        run.journal.append("remove", layer_ids=left, args=told, seed=run.seed)
         try:
             student.remove(layer_id)
         except BaseException:  # Ctrl-C: it is journaled, so it is done
@@ -103,9 +101,7 @@ def _that_can_go(student: LayerStack, layer_ids: Sequence[int]) -> int:
         if not found[layer_id]:
             return layer_id
     (layer_id, odd), *others = found.items()
-    advice = (
-        "None of the others can go either." if others else "Take another layer (measure, and remove() without an id)."
-    )
+    advice = "None of the others can go either." if others else "Take another: measure, and remove() without an id."
     raise SessionError(
         f"Layer {layer_id} cannot be removed from {type(student.model).__name__}: the config cannot describe what is left, "
         f"so that a checkpoint would be another model ({odd}). {advice}"
@@ -274,12 +270,22 @@ def evaluate_steps(
         bare = None
         if undistilled and run.trained:
             # What the same removals cost without any distillation: the other curve of the paper's figure.
-            pruned = run.teacher.share(without=run.removed)
-            plain = yield from relabel(judge_steps(pruned, run.teacher, blocks, speed=False), "(never distilled) ")
+            plain = _judged_undistilled(run, text_record(blocks))
+            if plain is None:
+                work = judge_steps(run.teacher.share(without=run.removed), run.teacher, blocks, speed=False)
+                plain = yield from relabel(work, "(never distilled) ")
             bare = {name: getattr(plain, name) for name in ("perplexity", "kl", "agreement")}
         told = {"evaluation": found.to_dict(), "undistilled": bare, "loss": found.loss, "aggregate": found.aggregate}
         run.append("evaluate", args={"suite": suite}, result=told | {"text": text_record(blocks)})
     return found
+
+
+def _judged_undistilled(run: Run, text: dict[str, Any]) -> Evaluation | None:
+    """The evaluation of today's layers on this text from before anything was distilled, where the run has one."""
+    for step in takewhile(lambda step: step.action != "distill", run.path):
+        if step.action == "evaluate" and step.layer_ids == run.student.layer_ids and step.result.get("text") == text:
+            return Evaluation.from_dict(step.result["evaluation"])
+    return None
 
 
 def teacher_evaluation(run: Run, suite: str | None) -> Evaluation | None:

@@ -266,7 +266,6 @@ def _undo_if_over(run: Run, settings: RunSettings) -> bool:
         (step.step for step in run.path if step.action == "measure" and step.step < removals[-1].step), default=-1
     )
     first = next(step for step in removals if step.step > measured)
-    before = run.journal.path_to(first.parent)
-    good = [step for step in before if step.action not in ("measure", "run")][-1]
+    good = [step for step in run.journal.path_to(first.parent) if step.action not in ("measure", "run")][-1]
     actions.undo(run, good.step, reason="max_loss")
     return True

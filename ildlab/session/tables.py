@@ -88,14 +88,9 @@ def history_html(run: Run) -> str:
         table.loc[0, "kl"] = 0.0
     table["n_removed"] = ["none: the teacher", *(f"{n:.0f}" for n in table["n_removed"][1:])]
     table.loc[0, "seconds"] = table["seconds"][0] or math.nan
-    share = "{:.1%}".format
-    how = {
-        "parameters": lambda v: f"{v / 1e6:,.1f} M",
-        "agreement": share,
-        "loss": share,
-        "seconds": "{:.0f} s".format,
-    }
-    how |= {"layers": "{:.0f}".format, "layer_id": "{:.0f}".format, "n_removed": str}
+    share, count = "{:.1%}".format, "{:.0f}".format
+    how = {"parameters": lambda v: f"{v / 1e6:,.1f} M", "agreement": share, "loss": share, "n_removed": str}
+    how |= {"seconds": "{:.0f} s".format, "layers": count, "layer_id": count}
     told = {
         HEADS.get(name, name.replace("_", " ")): [
             "" if pd.isna(v) else how.get(name, "{:.4g}".format)(v) for v in values
