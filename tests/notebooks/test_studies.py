@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import papermill
 import pytest
 import yaml
 
 from ildlab.distill.config import DistillConfig
+from ildlab.errors import IldlabError
 from ildlab.session.config import SessionConfig
 from ildlab.session.scaling import ModelShape
 from tools.demo import read_as
 
-BATCH = Path(__file__).resolve().parents[2] / "notebooks" / "batch"
+from .cells import BATCH, run_cells
+
 SMALL = {"block": 32, "dtype": "float32", "positions": 8}
 STUDIES = {
     "baseline": {"remove": [1, 4], "suite": "mini7@2", "calibration_tokens": 128, "eval_tokens": 64},
@@ -24,13 +25,17 @@ STUDIES = {
 }
 
 
-def run(name, tmp_path, tiny_folder, text_file, **other):
+def parameters(name, tiny_folder, text_file, **other):
     own = {
         "dataset_sensitivity": {"model": str(tiny_folder), "texts": [str(text_file), "python-docs"], **SMALL},
         "architectures": {"models": [str(tiny_folder)] * 2, "text": str(text_file), **SMALL},
         "scaling": {"model": str(tiny_folder), "text": str(text_file), "dtype": "float32"},
     }.get(name, {"model": str(tiny_folder), "text": str(text_file), **SMALL})
-    given = own | STUDIES[name] | other
+    return own | STUDIES[name] | other
+
+
+def run(name, tmp_path, tiny_folder, text_file, **other):
+    given = parameters(name, tiny_folder, text_file, **other)
     made = papermill.execute_notebook(
         str(BATCH / f"{name}.ipynb"), str(tmp_path / "out.ipynb"), given, cwd=str(tmp_path), progress_bar=False
     )
@@ -81,17 +86,21 @@ def test_parameters_explain_themselves(name):
     assert {"dtype", "device"} <= set(inspected) and all(each["help"] for each in inspected.values())
 
 
-@pytest.mark.parametrize("name, bad, said", [
-    ("baseline", {"remove": [6]}, "give numbers from 1 to 5"),
-    ("dataset_sensitivity", {"first": 7}, "1 to 6 layers"),
-    ("architectures", {"student_removes": 6}, "give a number from 0 to 5"),
-    ("architectures", {"models": ["nowhere.gguf"]}, "There is no file nowhere.gguf"),
-    ("scaling", {"remove": 1.5}, "a part of the layers, between 0 and 1"),
-    ("scaling", {"tokens_per_second": {"GPT-5": 1.0}}, "there is no shape called .'GPT-5'"),
-])
-def test_bad_parameters_are_refused_in_words(tmp_path, tiny_folder, text_file, name, bad, said):
-    with pytest.raises(papermill.PapermillExecutionError, match=said):
-        run(name, tmp_path, tiny_folder, text_file, **bad)
+@pytest.mark.parametrize(
+    "name, bad, said",
+    [
+        ("baseline", {"remove": [6]}, "give numbers from 1 to 5"),
+        ("dataset_sensitivity", {"first": 7}, "1 to 6 layers"),
+        ("architectures", {"student_removes": 6}, "give a number from 0 to 5"),
+        ("architectures", {"models": ["nowhere.gguf"]}, "There is no file nowhere.gguf"),
+        ("scaling", {"remove": 1.5}, "a part of the layers, between 0 and 1"),
+        ("scaling", {"tokens_per_second": {"GPT-5": 1.0}}, "there is no shape called .'GPT-5'"),
+    ],
+)
+def test_bad_parameters_are_refused_in_words(tmp_path, tiny_folder, text_file, name, bad, said, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AssertionError, IldlabError), match=said):
+        run_cells(name, parameters(name, tiny_folder, text_file, **bad))
 
 
 LOSSES_AND_PASSES = ("ablate_losses", "loss_scale", "single_pass_vs_iterative", "cost_benefit")
