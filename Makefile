@@ -31,7 +31,9 @@ setup:  ## Make .venv with pinned packages, prepare the bundled model and Python
 
 ready: $(MODEL) $(TEXT)
 
-# pip would compile all 19,000 files, a minute's work: the tenth that is ever imported is compiled, and kept, then.
+# pip would compile 19,000 files, two minutes' work: the tenth that is ever imported is compiled, and kept, then. (Where
+# nothing may be kept, as in many containers, each of a hundred processes would compile it again.)
+unexport PYTHONDONTWRITEBYTECODE
 $(STAMP): pyproject.toml constraints.txt
 	@if [ ! -x $(BIN)/python ]; then \
 		[ -n "$(PYTHON)" ] || { echo "ildlab needs Python 3.11 or newer, and found none: make PYTHON=/path/to/python ..."; exit 1; }; \
