@@ -819,7 +819,6 @@ KILLER = """
 import json, os, re, signal, sys
 import accelerate, transformers.models.llama  # once, for all children
 from ildlab.model.load import LoadedModel
-from ildlab.session import actions
 from ildlab.session.session import PruningSession
 
 for folder, phase, times in json.loads(sys.argv[1]):
