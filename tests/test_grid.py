@@ -39,6 +39,7 @@ BODY = """import os, time
 from pathlib import Path
 from types import SimpleNamespace
 Path(run_folder).mkdir(exist_ok=True)
+get_ipython().kernel.log.error("as a kernel says that is interrupted at its end")
 for tick in range(ticks):
     with open(Path(run_folder) / "log", "a") as log:
         log.write(f"{os.getpid()} {tick}\\n")

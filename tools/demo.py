@@ -75,7 +75,8 @@ def main(arguments: list[str] | None = None) -> Path:
             log_output=True,
             progress_bar=False,
             kernel_name="python3",
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else its first line warns of every kernel's transport
+            # Else its first line warns of its transport, and its last may tell of the interrupt that ends it as an error.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
         )

@@ -143,7 +143,7 @@ def _execute(point: Path, lock: int) -> None:
         parameters,
         kernel_name="python3",  # of the worker's own Python, whatever the author's is called
         progress_bar=False,
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else it warns of its transport on the driver's screen
+        extra_arguments=["--IPKernelApp.log_level=CRITICAL"],  # else it tells of its transport, and its last interrupt
         kernel_manager_class=_kernel_manager(point, lock),
     )
 
