@@ -433,7 +433,7 @@ def test_the_encyclopedia_is_running_text_with_a_card(tokenizer):
     assert not [line for line in lines if re.search(r"\[\[|\{\{|''|<ref|\|", line)]
     card = (data_dir() / "encyclopedia" / "README.md").read_text()
     assert "CC BY-SA 3.0" in card and f"{sum(map(len, texts)):,} characters" in card
-    blocks = load_text("mix+encyclopedia*3", tokenizer, block=128, tokens=2**14, split="train")
+    blocks = load_text("mix+encyclopedia*6", tokenizer, block=128, tokens=2**14, split="train")
     assert blocks.tokens.shape[0] == 2**7
 
 
